@@ -30,9 +30,7 @@ class Admission:
     ``on_reject`` is called with the reason of each refusal.
     """
 
-    def __init__(
-        self, settings: Settings, *, on_reject: Callable[[str], None] = lambda _: None
-    ) -> None:
+    def __init__(self, settings: Settings, on_reject: Callable[[str], None]) -> None:
         self._settings, self._on_reject = settings, on_reject
         self._clock = time.perf_counter  # of which deadlines are a time
         queue = settings.queue_limit
@@ -57,19 +55,16 @@ class Admission:
             )
         own = settings.client_limit
         if own is not None and self._clients[client] + images > own:
-            self._on_reject("client")
-            raise RefusedError(
-                429,
+            raise self._rejected(
+                "client",
                 "You have as many images in hand here as one client may "
                 f"({own}). Wait for answers before sending more.",
-                self.retry_after(),
+                429,
             )
         if self.in_hand + images > self._limit:
-            self._on_reject("queue")
-            raise RefusedError(
-                503,
+            raise self._rejected(
+                "queue",
                 "The service has as many requests waiting as it takes. Try again in a moment.",
-                self.retry_after(),
             )
         # With nothing in hand it is tried, whatever was measured before.
         wait = self._backlog_seconds(images)
@@ -170,13 +165,15 @@ class Admission:
                 fail(given, self._too_busy(wait) if wait else DeadlineError())
 
     def _too_busy(self, wait: float) -> RefusedError:
-        self._on_reject("deadline")
-        return RefusedError(
-            503,
+        return self._rejected(
+            "deadline",
             f"The service is too busy to answer by the request's deadline: {wait:.1f} s are "
             "expected. Try again later, or allow more time.",
-            self.retry_after(),
         )
+
+    def _rejected(self, reason: str, detail: str, status: int = 503) -> RefusedError:
+        self._on_reject(reason)
+        return RefusedError(status, detail, self.retry_after())
 
     def _pace(self) -> float:
         """Seconds per image, as far as is known."""

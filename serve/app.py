@@ -293,9 +293,7 @@ def return_large_blocks() -> bool:
     glibc raises that size to the largest block ever freed, up to 32 MiB. One large image would
     be enough, and from then on what is decoded lies among what stays, and keeps memory that
     nobody uses. Smaller blocks, tensors among them, are reused without asking the system.
-
-    Returns:
-        Whether this system's allocator takes that.
+    False where the system's allocator does not take that.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -84,23 +84,27 @@ class Item:
 
 
 @dataclass(eq=False)
-class Batch:
-    """Items of one lane that run together."""
+class Lane:
+    """A model's runs at one input size, which alone may share a batch."""
 
-    lane: Hashable
-    items: list[Item]
-    charged: float
-
-
-@dataclass(eq=False)
-class _Lane:
-    sizes: tuple[int, ...]
-    cost: Callable[[int], float]
-    weight: float
+    model: str
+    run: Run
+    sizes: tuple[int, ...]  # of batches
+    cost: Callable[[int], float] = linear_cost
+    weight: float = 1.0
     waiting: deque[Item] = field(default_factory=deque)
     used: float = 0.0  # seconds of inference over weight
     running: int = 0
     seconds_per_item: float | None = None
+
+
+@dataclass(eq=False)
+class Batch:
+    """Items of one lane that run together."""
+
+    lane: Lane
+    items: list[Item]
+    charged: float
 
 
 class BatchQueue:
@@ -108,39 +112,32 @@ class BatchQueue:
 
     def __init__(self, *, max_batch: int | None = None, delay: float = 0.0) -> None:
         self._max_batch, self._delay = max_batch, delay
-        self._lanes: dict[Hashable, _Lane] = {}
+        self._lanes: list[Lane] = []
         self._clock = 0.0  # where a lane that was idle starts
         self.waiting = 0
 
-    def add_lane(
-        self,
-        key: Hashable,
-        sizes: Sequence[int],
-        *,
-        cost: Callable[[int], float] = linear_cost,
-        weight: float = 1.0,
-    ) -> None:
-        """Open the lane ``key`` for batches of these sizes."""
-        most = max(sizes) if self._max_batch is None else self._max_batch
-        allowed = tuple(size for size in sizes if size <= most)
-        self._lanes[key] = _Lane(allowed or (min(sizes),), cost, weight)
+    def add_lane(self, lane: Lane) -> None:
+        """Open a lane, for those of its batch sizes that are allowed."""
+        most = self._max_batch or max(lane.sizes)
+        lane.sizes = tuple(n for n in lane.sizes if n <= most) or (min(lane.sizes),)
+        self._lanes.append(lane)
 
-    def remove_lane(self, key: Hashable) -> None:
+    def remove_lane(self, lane: Lane) -> None:
         """Close a lane; whatever waits in it is forgotten."""
-        self.waiting -= len(self._lanes.pop(key).waiting)
+        self._lanes.remove(lane)
+        self.waiting -= len(lane.waiting)
+        lane.waiting.clear()
 
-    def push(self, key: Hashable, item: Item) -> None:
+    def push(self, lane: Lane, item: Item) -> None:
         """Queue an item in its lane."""
-        lane = self._lanes[key]
         if not lane.waiting and not lane.running:
             lane.used = max(lane.used, self._clock)
         lane.waiting.append(item)
         self.waiting += 1
 
-    def cancel(self, key: Hashable, item: Item) -> None:
+    def cancel(self, lane: Lane, item: Item) -> None:
         """Forget an item, if it still waits."""
-        lane = self._lanes.get(key)
-        if lane is not None and item in lane.waiting:
+        if item in lane.waiting:
             lane.waiting.remove(item)
             self.waiting -= 1
 
@@ -149,9 +146,9 @@ class BatchQueue:
 
         Items past their deadline are dropped; whoever waits for them knows the deadline too.
         """
-        ready: list[tuple[Hashable, _Lane]] = []
+        ready: list[Lane] = []
         later: list[float] = []
-        for key, lane in self._lanes.items():
+        for lane in self._lanes:
             if any(item.deadline <= now for item in lane.waiting):
                 kept = deque(item for item in lane.waiting if item.deadline > now)
                 self.waiting -= len(lane.waiting) - len(kept)
@@ -164,10 +161,10 @@ class BatchQueue:
             if ready_at > now:
                 later.append(ready_at)
             else:
-                ready.append((key, lane))
+                ready.append(lane)
         if not ready:
             return min(later, default=None)
-        chosen_key, chosen = min(ready, key=lambda found: found[1].used)
+        chosen = min(ready, key=lambda lane: lane.used)
         self._clock = max(self._clock, chosen.used)
         items = self._take(chosen)
         # Charged in advance by what it cost before, so that several workers do not all
@@ -175,19 +172,17 @@ class BatchQueue:
         charged = (chosen.seconds_per_item or _UNKNOWN) * len(items)
         chosen.used += charged / chosen.weight
         chosen.running += 1
-        return Batch(chosen_key, items, charged)
+        return Batch(chosen, items, charged)
 
     def done(self, batch: Batch, seconds: float) -> None:
         """Say what a batch took; its lane is charged for it."""
-        lane = self._lanes.get(batch.lane)
-        if lane is None:
-            return
+        lane = batch.lane
         lane.running -= 1
         lane.used += (seconds - batch.charged) / lane.weight
         each, before = seconds / len(batch.items), lane.seconds_per_item
         lane.seconds_per_item = each if before is None else before + _SMOOTHING * (each - before)
 
-    def _take(self, lane: _Lane) -> list[Item]:
+    def _take(self, lane: Lane) -> list[Item]:
         most, together, count = min(len(lane.waiting), max(lane.sizes)), 0, 1
         while together < most and lane.waiting[together].call is None:
             together += 1
@@ -204,7 +199,6 @@ class Outcome:
     rows: list[Any]  # each image's outputs by name, without their batch axis
     queue_seconds: float = 0.0  # of the image that waited longest
     run_seconds: float = 0.0  # of the one that ran longest
-    batch_sizes: tuple[int, ...] = ()  # how many images ran with each
 
 
 class _Request:
@@ -216,13 +210,8 @@ class _Request:
 class Scheduler:
     """The queue, its workers, and the codec threads; used from one event loop.
 
-    Args:
-        workers: Inference threads. One that ends, whatever ended it, is replaced.
-        codec_threads: Threads that decode and encode images.
-        max_batch: The largest batch; a lane's own largest size when None.
-        delay: Seconds that the first of a batch that is not full waits for others.
-        on_batch: Called with (lane, images, seconds) after each run.
-        on_death: Called when a worker ended.
+    A worker that ends, whatever ended it, is replaced, and ``on_death`` called. ``on_batch`` is
+    called with (model, images, seconds) after each run.
     """
 
     def __init__(
@@ -232,11 +221,10 @@ class Scheduler:
         codec_threads: int = 2,
         max_batch: int | None = None,
         delay: float = 0.0,
-        on_batch: Callable[[Hashable, int, float], None] = lambda *_: None,
+        on_batch: Callable[[str, int, float], None] = lambda *_: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._queue = BatchQueue(max_batch=max_batch, delay=delay)
-        self._runs: dict[Hashable, Run] = {}
         self._lock = threading.Lock()
         # A token for every item: what idle workers wait for. A worker looks at the queue before
         # it waits for a token, so a token too many is harmless and none can be missed. Not a
@@ -257,37 +245,40 @@ class Scheduler:
         for number in range(self._workers):
             self._start_thread(number)
 
-    def add_lane(self, key: Hashable, run: Run, sizes: Sequence[int], **share: Any) -> None:
-        """Open a lane, whose batches ``run`` answers; see :meth:`BatchQueue.add_lane`."""
+    def add_lane(self, lane: Lane) -> None:
+        """Open a lane."""
         with self._lock:
-            self._runs[key] = run
-            self._queue.add_lane(key, sizes, **share)
+            self._queue.add_lane(lane)
 
-    def remove_lane(self, key: Hashable) -> None:
+    def remove_lane(self, lane: Lane) -> None:
         """Close a lane in which nothing waits any more."""
         with self._lock:
-            self._queue.remove_lane(key)
-            del self._runs[key]
+            self._queue.remove_lane(lane)
 
     @property
     def waiting(self) -> int:
         """Images queued and not yet running."""
         return self._queue.waiting
 
-    async def run(self, key: Hashable, inputs: Tensors, deadline: float = math.inf) -> Outcome:
-        """Run each image of ``inputs`` in the lane ``key``, batched with whatever else waits."""
+    def count_running(self, images: int) -> None:
+        """Count images in, or out, that are run elsewhere."""
+        with self._lock:
+            self.running += images
+
+    async def run(self, lane: Lane, inputs: Tensors, deadline: float = math.inf) -> Outcome:
+        """Run each image of ``inputs``, batched with whatever else waits in the lane."""
         count = len(next(iter(inputs.values())))
         request, now = _Request(self._loop.create_future(), count), self._clock()
         items = [Item(now, deadline, request, index, inputs) for index in range(count)]
-        return await self._answer(key, request, items)
+        return await self._answer(lane, request, items)
 
     async def call(
-        self, key: Hashable, call: Callable[[], Any], deadline: float = math.inf
+        self, lane: Lane, call: Callable[[], Any], deadline: float = math.inf
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
         request = _Request(self._loop.create_future(), 1)
         item = Item(self._clock(), deadline, request, call=call)
-        return await self._answer(key, request, [item])
+        return await self._answer(lane, request, [item])
 
     async def code(
         self,
@@ -327,7 +318,7 @@ class Scheduler:
             thread.join()
         self._codecs.shutdown(wait=True)
 
-    async def _answer(self, lane: Hashable, request: _Request, items: list[Item]) -> Outcome:
+    async def _answer(self, lane: Lane, request: _Request, items: list[Item]) -> Outcome:
         answer = request.answer
         assert answer is not None
         try:
@@ -362,7 +353,7 @@ class Scheduler:
         while (batch := self._take()) is not None:
             start = self._clock()
             try:
-                self._finish(batch, start, self._results(batch.lane, batch.items))
+                self._finish(batch, start, _results(batch))
             except Exception as error:
                 self._finish(batch, start, error)
             except BaseException as error:
@@ -386,18 +377,6 @@ class Scheduler:
             with contextlib.suppress(queue.Empty):
                 left = None if found is None else max(found - self._clock(), 0.0)
                 self._tokens.get(timeout=left)
-
-    def _results(self, lane: Hashable, items: list[Item]) -> list[Any]:
-        if (call := items[0].call) is not None:
-            return [call()]
-        inputs, start, count = items[0].inputs, items[0].index, len(items)
-        if all(item.inputs is inputs and item.index == start + n for n, item in enumerate(items)):
-            # One after another in one request's: views.
-            stacked = {name: value[start : start + count] for name, value in inputs.items()}
-        else:
-            stacked = {n: np.stack([one.inputs[n][one.index] for one in items]) for n in inputs}
-        outputs = self._runs[lane](stacked)
-        return [{name: value[n] for name, value in outputs.items()} for n in range(count)]
 
     def _finish(self, batch: Batch, start: float, found: list[Any] | Exception) -> None:
         seconds = self._clock() - start
@@ -423,8 +402,22 @@ class Scheduler:
             outcome.rows[item.index] = row
             outcome.queue_seconds = max(outcome.queue_seconds, start - item.enqueued)
             outcome.run_seconds = max(outcome.run_seconds, seconds)
-            outcome.batch_sizes += (len(batch.items),)
             request.missing -= 1
             if not request.missing and request.answer is not None and not request.answer.done():
                 request.answer.set_result(outcome)
-        self._on_batch(batch.lane, len(batch.items), seconds)
+        self._on_batch(batch.lane.model, len(batch.items), seconds)
+
+
+def _results(batch: Batch) -> list[Any]:
+    """What each of a batch's items is answered with."""
+    items = batch.items
+    if (call := items[0].call) is not None:
+        return [call()]
+    inputs, start, count = items[0].inputs, items[0].index, len(items)
+    if all(item.inputs is inputs and item.index == start + n for n, item in enumerate(items)):
+        # One after another in one request's: views.
+        stacked = {name: value[start : start + count] for name, value in inputs.items()}
+    else:
+        stacked = {n: np.stack([one.inputs[n][one.index] for one in items]) for n in inputs}
+    outputs = batch.lane.run(stacked)
+    return [{name: value[n] for name, value in outputs.items()} for n in range(count)]

@@ -12,7 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 from starlette.datastructures import Headers
@@ -292,12 +292,12 @@ class Edge:
         route = getattr(scope.get("route"), "path", "unmatched")
         facts, stages = state.get("facts", {}), state.get("stages", ())
         status = state.get("refused", status)
-        counted = route, str(status), seconds, state.get("key", "")
-        service.metrics.later(partial(service.metrics.answered, *counted))
+        later, counted = service.metrics.later, (route, str(status), seconds, state.get("key", ""))
+        later(service.metrics.answered, *counted)
         if facts:
             facts["timings_ms"] = milliseconds(stages)
-            service.count(facts["model"], stages, facts["images"])
-        if service.tracing.wanted and path not in _PROBED:
+            later(service.count, facts["model"], stages, facts["images"])
+        if path not in _PROBED:
             attributes = {
                 "http.request.method": method,
                 "http.route": route,

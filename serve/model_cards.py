@@ -9,17 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
-from fdconv_deploy.runtime.manifest import OutputParity
+from fdconv_deploy.runtime.manifest import Manifest, OutputParity
 from fdconv_deploy.runtime.segmentation import class_names, class_palette
 from fdconv_deploy.runtime.sliding_window import slide_stride
 
 RGB = tuple[int, int, int]
 Mode = Literal["whole", "slide"]
+# The protocol's names of the types of networks' tensors.
+_DATATYPES = {"float32": "FP32", "int64": "INT64"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -127,38 +129,26 @@ class ModelCard(BaseModel):
     benchmark: list[Benchmark]
     created_at: datetime
     created_by: str
+    _manifest: Manifest = PrivateAttr()
 
     @cached_property
     def tensors(self) -> tuple[list[TensorMetadata], list[TensorMetadata]]:
         """The inputs and outputs that /v2 takes and gives."""
-
-        def tensor(name: str, datatype: str, *shape: int) -> TensorMetadata:
-            return TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
-
-        size, limits, logits, queries = self.input, self.instances, self.output, self.queries
-        inputs = [tensor("images", "FP32", size.channels, size.height, size.width)]
-        outputs = []
-        if limits is not None:
-            inputs.append(tensor("sizes", "FP32", 2))
-            outputs = [
-                tensor("boxes", "FP32", limits.most, 4),
-                tensor("scores", "FP32", limits.most),
-                tensor("labels", "INT64", limits.most),
-                tensor("count", "INT64"),
+        manifest, batch = self._manifest, min(self.batch_sizes)
+        inputs, outputs = (
+            [
+                TensorMetadata(
+                    name=one.name, datatype=_DATATYPES[one.dtype], shape=[-1, *one.shape[1:]]
+                )
+                for one in side[batch]
             ]
-            if limits.masks:
-                side = limits.mask_size
-                outputs.append(tensor("masks", "FP32", limits.most, side, side))
-        else:
-            label_type = "UINT8" if len(self.classes) <= 256 else "UINT16"
-            outputs = [tensor("labels", label_type, size.height, size.width)]
-            if logits is not None:
-                shape = logits.channels, logits.height, logits.width
-                outputs.insert(0, tensor("logits", "FP32", *shape))
-            if queries is not None:
-                shape = queries.number, queries.height, queries.width
-                outputs.insert(0, tensor("masks", "FP32", *shape))
-                outputs.insert(0, tensor("classes", "FP32", queries.number, queries.classes))
+            for side in (manifest.inputs, manifest.outputs)
+        )
+        if self.kind == "segmentor":
+            datatype = "UINT8" if len(self.classes) <= 256 else "UINT16"
+            shape = [-1, self.input.height, self.input.width]
+            labels = TensorMetadata(name="labels", datatype=datatype, shape=shape)
+            outputs = [*(one for one in outputs if one.name != "boxes"), labels]
         return inputs, outputs
 
     @cached_property
@@ -200,7 +190,7 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
     checkpoint = manifest.checkpoint
     channels = manifest.inputs[bundle.batch_sizes[0]][0].shape[1]
     sizes = [TensorSize(channels=channels, height=h, width=w) for h, w in manifest.sizes]
-    return ModelCard(
+    card = ModelCard(
         **own,
         name=name,
         kind=manifest.kind,
@@ -226,6 +216,8 @@ def model_card(name: str, bundle: Bundle, *, default: bool) -> ModelCard:
         created_at=manifest.created_at,
         created_by=manifest.created_by,
     )
+    card._manifest = manifest
+    return card
 
 
 def _segmentor(bundle: Bundle) -> dict[str, Any]:
@@ -235,13 +227,12 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
     assert config is not None
     assert size is not None
     modes: list[Mode] = ["whole"]
-    if config.test.mode == "slide" or config.test.stride is not None:
-        try:
-            slide_stride(config.test, (size.height, size.width))
-            modes.append("slide")
-        except BundleError:
-            if config.test.mode == "slide":
-                raise
+    try:
+        slide_stride(config.test, (size.height, size.width))
+        modes.append("slide")
+    except BundleError:
+        if config.test.mode == "slide":
+            raise
     outputs = manifest.outputs[bundle.batch_sizes[0]]
     # Logits, or queries' masks, behind which MaskDINO's boxes may come.
     _, channels, height, width = outputs[0 if config.panoptic is None else 1].shape

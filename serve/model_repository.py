@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from fdconv_deploy.runtime.batching import least_seconds
 from fdconv_deploy.runtime.bundle import bundle_root
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
 from fdconv_deploy.runtime.preprocessing import published_size
-from fdconv_deploy.serve.batching import DeadlineError
+from fdconv_deploy.serve.batching import DeadlineError, Lane
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import Benchmark, ModelCard, model_card, model_name
 from fdconv_deploy.serve.settings import Settings
@@ -45,6 +44,7 @@ class Version:
     card: ModelCard
     owned: bool
     leases: int = 1  # its model's own while it is loaded, and one for each request
+    lanes: dict[tuple[int, ...], Lane] = field(default_factory=dict)  # by (height, width)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -72,13 +72,6 @@ class Version:
         colors = session.preprocessing.loading == "color" and not session.preprocessing.to_float32
         resized = height * width * session.preprocessing.channels * (1 if colors else 4)
         return crops * self.tensor_bytes + averaged + resized
-
-
-class Lane(NamedTuple):
-    """Runs of one version at one input size (height, width), which alone may share a batch."""
-
-    version: Version
-    size: tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -121,8 +114,8 @@ class Repository:
         settings: Settings,
         *,
         open_version: Callable[[Bundle], Session],
-        on_load: Callable[[Version], None] = lambda _: None,
-        on_close: Callable[[Version], None] = lambda _: None,
+        on_load: Callable[[Version], None],
+        on_close: Callable[[Version], None],
     ) -> None:
         if not sources:
             raise BundleError("There is nothing to serve: name one bundle or more.")
@@ -372,8 +365,8 @@ class Repository:
         if len(session.runner.ways) > 1:
             ways = "; ".join(f"{batch} by {way}" for batch, way in session.runner.ways.items())
             log.info("%s: batches of %s.", model.name, ways)
-        facts = {"state": "ready", "backend": session.backend, "benchmark": benchmark}
-        loaded = card.model_copy(update={**facts, "version": str(model.generation)})
+        own = {"version": str(model.generation), "backend": session.backend}
+        loaded = card.model_copy(update={**own, "state": "ready", "benchmark": benchmark})
         return Version(model.name, session, loaded, owned=model.session is None)
 
     def _evict(self, keep: Model, coming: int = 0) -> None:
@@ -455,10 +448,10 @@ def bundles_in(folder: Path) -> list[Path]:
 
 def timed_runs(session: Session) -> list[Benchmark]:
     """The least time of a few runs of each batch size of a session that is warmed up."""
-    runs = {}
-    for batch, specs in session.bundle.manifest.inputs.items():
-        feeds = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
-        runs[batch] = partial(session.run_batches, feeds)
+    runs = {
+        batch: partial(session.run_batches, {s.name: np.zeros(s.shape, s.dtype) for s in specs})
+        for batch, specs in session.bundle.manifest.inputs.items()
+    }
     return [
         Benchmark(batch=batch, milliseconds=round(seconds * 1e3, 3))
         for batch, seconds in sorted(least_seconds(runs, seconds=_TIMING).items())

@@ -18,7 +18,6 @@ from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import row_blocks
 from fdconv_deploy.runtime.visualization import as_rgb, encode
 from fdconv_deploy.serve.errors import RefusedError
-from fdconv_deploy.serve.model_cards import ModelCard
 
 Output = Literal["json", "mask", "overlay", "logits"]
 MaskForm = Literal["rle", "polygons", "none"]
@@ -141,14 +140,8 @@ def json_bytes(pixels: int, mask: MaskForm) -> tuple[int, int]:
     return made, min(24 * pixels, 2 * MAX_JSON)
 
 
-def masks_bytes(pixels: int, card: ModelCard) -> int:
-    """Memory that the masks of a detector's objects take at most, each in its box."""
-    assert card.instances is not None
-    return min(card.instances.most * pixels, MAX_MASKS) if card.instances.masks else 0
-
-
 def check_masks(found: Detection) -> None:
-    """Refuse objects, by a 413, whose masks would take more than :func:`masks_bytes`."""
+    """Refuse objects, by a 413, whose masks would have more pixels than ``MAX_MASKS``."""
     sides = found.boxes[:, 2:].astype(np.float64) - found.boxes[:, :2]
     pixels = int(sides.prod(axis=1).sum())
     if pixels > MAX_MASKS:
@@ -162,8 +155,8 @@ def check_masks(found: Detection) -> None:
 class Room:
     """Bytes of JSON that an answer may still take."""
 
-    def __init__(self, left: int | None = None) -> None:
-        self.left = MAX_JSON if left is None else left
+    def __init__(self, taken: int = 0) -> None:
+        self.left = MAX_JSON - taken
 
     def take(self, size: int, what: str) -> None:
         """Count bytes in; refused, by a 413, if there are not so many."""
@@ -186,9 +179,8 @@ def render(
     if form.output == "json":
         texts: list[bytes] = []
         for answer in answers:
-            room = Room(MAX_JSON - sum(map(len, texts)))
             # Not through a model, which would check every run.
-            texts.append(to_json(_document(answer, mask, room)))
+            texts.append(to_json(_document(answer, mask, Room(sum(map(len, texts))))))
         if len(texts) == 1:
             return texts[0], JSON
         return b'{"results":[' + b",".join(texts) + b"]}", JSON

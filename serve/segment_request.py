@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,29 +15,27 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from fdconv_deploy.errors import ImageError
-from fdconv_deploy.runtime import Segmentation, Tensors
+from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.images import FORMATS, ImageFile, check_format, image_cost
-from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.postprocessing import logit_map
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
 from fdconv_deploy.serve.batching import DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
 from fdconv_deploy.serve.model_cards import ModelCard
-from fdconv_deploy.serve.model_repository import Model
 from fdconv_deploy.serve.responses import (
     JSON,
     MAX_JSON,
+    MAX_MASKS,
     Answer,
     Form,
     MaskForm,
     Output,
     check_masks,
     json_bytes,
-    masks_bytes,
     render,
 )
-from fdconv_deploy.serve.service import Service, Work
+from fdconv_deploy.serve.service import Work
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import Stages, milliseconds
 from fdconv_deploy.serve.uploads import Upload
@@ -169,7 +166,6 @@ def _class_ids(card: ModelCard, classes: list[str]) -> tuple[int, ...]:
 class SegmentAnswer:
     """A response's body, with what its headers and the metrics hold."""
 
-    model: str
     mode: str
     body: bytes
     media_type: str
@@ -177,21 +173,9 @@ class SegmentAnswer:
     fits: list[str]  # how each image was fitted to the network's input
 
 
-async def segment(
-    service: Service,
-    model: Model,
-    client: str,
-    uploads: list[Upload],
-    request: SegmentRequest,
-    deadline: float,
-) -> SegmentAnswer:
-    """Answer a client for one image or several by ``deadline``, on the scheduler's clock."""
-    answer = partial(_segment, uploads=uploads, request=request)
-    return await service.answer(model, client, len(uploads), deadline, answer)
-
-
-async def _segment(work: Work, uploads: list[Upload], request: SegmentRequest) -> SegmentAnswer:
-    several, settings, card = len(uploads) > 1, work.service.settings, work.version.card
+async def segment(work: Work, uploads: list[Upload], request: SegmentRequest) -> SegmentAnswer:
+    """Answer an admitted request for one image or several."""
+    several, card = len(uploads) > 1, work.version.card
     if card is not request.card:  # loaded, or replaced, since it was checked
         request = check_options(card, request.options, request.form)
     images = [
@@ -200,7 +184,7 @@ async def _segment(work: Work, uploads: list[Upload], request: SegmentRequest) -
     ]
 
     def begin() -> int:
-        size = _memory([image.cost() for image in images], request, settings)
+        size = _memory([image.cost() for image in images], request, work.service.settings)
         if work.memory.take_now(size) and not several:
             images[0]._open()  # at once, without another way to this thread and back
         return size
@@ -226,7 +210,16 @@ async def _segment(work: Work, uploads: list[Upload], request: SegmentRequest) -
     postprocess = sum(image.times["postprocess"] for image in images)
     longest = max((image.times for image in images), key=lambda times: sum(times.values()))
     stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
-    return SegmentAnswer(card.name, request.mode, body, media_type, list(stages.items()), fits)
+    return SegmentAnswer(request.mode, body, media_type, list(stages.items()), fits)
+
+
+class _Cost(NamedTuple):
+    """Bytes of memory that an image takes."""
+
+    kept: int  # all the time: its tensors, and its pixels where they are needed again
+    decoding: int  # while it is decoded and prepared, beside these
+    answering: int  # while its answer is made
+    written: int  # of its answer, until the last one is written
 
 
 def _memory(costs: list[_Cost], request: SegmentRequest, settings: Settings) -> int:
@@ -242,62 +235,54 @@ def _memory(costs: list[_Cost], request: SegmentRequest, settings: Settings) -> 
     return sum(cost.kept for cost in costs) + max(decoding, answering)
 
 
-class _Cost(NamedTuple):
-    """Bytes of memory that an image takes."""
-
-    kept: int  # all the time: its tensors, and its pixels where they are needed again
-    decoding: int  # while it is decoded and prepared, beside these
-    answering: int  # while its answer is made
-    written: int  # of its answer, until the last one is written
-
-
-@dataclass(eq=False)
 class _Image:
     """One image on its way. ``run`` waits on the event loop; the rest works on codec threads."""
 
-    _work: Work
-    _request: SegmentRequest
-    _upload: Upload
-    _number: int | None  # among several, for errors to say which it was
-    times: dict[str, float] = field(default_factory=dict)
-    _size: tuple[int, int] = (0, 0)
-    _file: ImageFile | None = None
-    _image: npt.NDArray[Any] | None = None
-    _prepared: Prepared | None = None
-    _outcome: Outcome | None = None
-
-    def __post_init__(self) -> None:
-        self._settings, self._card = self._work.service.settings, self._request.card
-        self._session = self._work.version.session
-        self._start = time.perf_counter()
+    def __init__(
+        self, work: Work, request: SegmentRequest, upload: Upload, number: int | None
+    ) -> None:
+        self._work, self._request, self._upload = work, request, upload
+        self._number = number  # among several, for errors to say which it was
+        self._session, self._start = work.version.session, time.perf_counter()
+        self.times: dict[str, float] = {}
+        self._file: ImageFile
+        self._size = 0, 0
+        self._is_drawn = request.form.output == "overlay"
+        self._is_needed_again = self._is_drawn or request.mode == "slide"
+        self._image: npt.NDArray[Any] | None = None  # where it is
+        self._prepared: Prepared | None = None  # but for mode 'slide'
+        self._outcome: Outcome
 
     def cost(self) -> _Cost:
         """What the image will take in memory, from its header alone."""
+        settings, version = self._work.service.settings, self._work.version
         with self._numbered():
-            if self._settings.formats != FORMATS:
-                check_format(self._upload.data, self._settings.formats)
-            self._file, most = ImageFile.of(self._upload.data), self._settings.max_pixels
-            found = image_cost(self._file, self._session.preprocessing, max_pixels=most)
+            if settings.formats != FORMATS:
+                check_format(self._upload.data, settings.formats)
+            self._file = ImageFile.of(self._upload.data)
+            found = image_cost(
+                self._file, self._session.preprocessing, max_pixels=settings.max_pixels
+            )
             self._size = found.size
-            self._check_answer_size()
-        version, slides = self._work.version, self._request.mode == "slide"
+            answer = self._answer_cost(settings.max_answer_bytes)
         kept = version.tensor_bytes
-        if self._draws or slides:
+        if self._is_needed_again:
             kept += found.pixels
-        if slides:
+        if self._request.mode == "slide":
             kept += version.slide_bytes(found.size)
-        return _Cost(kept, found.decoding, *self._answer_cost())
+        return _Cost(kept, found.decoding, *answer)
 
-    def _answer_cost(self) -> tuple[int, int]:
-        """Bytes of memory while the answer is made, and of the answer."""
-        pixels, form, options = math.prod(self._size), self._request.form, self._request.options
+    def _answer_cost(self, most: int) -> tuple[int, int]:
+        """Bytes of memory while the answer is made, and of the answer, of logits at ``most``."""
+        pixels, options, card = math.prod(self._size), self._request.options, self._request.card
+        form = self._request.form
         if options.size == "network":
             pixels = min(pixels, max(map(math.prod, self._session.sizes)))
-        labels = pixels * (2 if len(self._card.classes) > 256 else 1)
-        if self._session.detects:
-            labels += masks_bytes(pixels, self._card)
-        if (queries := self._card.queries) is not None:  # segments, and a mask for each query
-            labels += (12 + queries.number) * pixels
+        labels = pixels * (2 if len(card.classes) > 256 else 1)
+        if card.instances is not None and card.instances.masks:
+            labels += min(card.instances.most * pixels, MAX_MASKS)
+        if card.queries is not None:  # segments, and a mask for each query
+            labels += (12 + card.queries.number) * pixels
         if self._request.kept is not None:
             labels += 4 * pixels
         if form.output == "json":
@@ -305,11 +290,18 @@ class _Image:
             return labels + made, written
         if form.output == "overlay":
             return labels + 6 * pixels, 3 * pixels
-        if form.output == "logits":
-            output = self._card.output
-            wide = output.channels * pixels * 4 if output and options.size == "original" else 0
-            return labels + wide, wide
-        return labels + 2 * pixels, pixels
+        if form.output == "mask":
+            return labels + 2 * pixels, pixels
+        wide = (
+            card.output.channels * pixels * 4 if card.output and options.size == "original" else 0
+        )
+        if wide > most:
+            raise RefusedError(
+                413,
+                f"Logits at this image's size are {wide:,} bytes, and answers hold at most "
+                f"{most:,}. Leave size out for the network's own, smaller ones.",
+            )
+        return labels + wide, wide
 
     async def run(self) -> None:
         """Decode and prepare the image, on another thread, and run the network."""
@@ -318,8 +310,7 @@ class _Image:
                 await self._work.code(self._open)
             waited = time.perf_counter() - self._start - sum(self.times.values())
             if self._prepared is None:
-                image, self._image = self._image, self._image if self._draws else None
-                outcome = await self._work.call(partial(self._slide, image))
+                outcome = await self._work.call(self._slide)
             else:
                 inputs = {name: value[None] for name, value in self._prepared.inputs.items()}
                 outcome = await self._work.run(inputs)
@@ -340,8 +331,23 @@ class _Image:
             image = f"Image {self._number}" + (f" ({name})" if name else "")
             raise RefusedError(found.status, f"{image}: {found.detail}") from error
 
-    def _slide(self, image: npt.NDArray[Any] | None) -> Segmentation:
+    def _open(self) -> None:
+        start, session = time.perf_counter(), self._session
+        image = session.read_image(self._file, max_pixels=self._work.service.settings.max_pixels)
+        decoded = time.perf_counter()
+        self.times["decode"] = decoded - start
+        if self._request.mode == "whole":
+            if session.detects:
+                self._prepared = session.detection.prepare(image)
+            else:
+                self._prepared = session.segmentation.prepare(image, fit=self._request.options.fit)
+            self.times["preprocess"] = time.perf_counter() - decoded
+        if self._is_needed_again:
+            self._image = image
+
+    def _slide(self) -> Segmentation:
         """Label an image in mode 'slide', and stop between crops when the deadline has passed."""
+        image, self._image = self._image, self._image if self._is_drawn else None
         assert image is not None
 
         def run(crops: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -353,95 +359,53 @@ class _Image:
 
     def answer(self) -> Answer:
         """Turn the network's output into the answer; the time is the postprocess stage's."""
-        start = time.perf_counter()
-        assert self._outcome is not None
-        output, request, logits = self._outcome.rows[0], self._request, None
+        start, request, logits = time.perf_counter(), self._request, None
+        prepared, output = self._prepared, self._outcome.rows[0]
         found: Any
-        if self._session.detects:
-            assert self._prepared is not None
-            found = self._session.detection.finish(self._prepared, output)
+        if prepared is None:
+            found = output
+            self.times |= {stage: found.timings[stage] for stage in ("inference", "preprocess")}
+        elif self._session.detects:
+            found = self._session.detection.finish(prepared, output)
             found = found.kept(request.min_score, request.kept)
             boxes_alone = request.form.output == "json" and request.options.mask == "none"
             if found.has_masks and not boxes_alone:
                 check_masks(found)
                 _ = found.pasted  # made here, so that its time counts as this stage's
-        elif request.mode == "slide":
-            found = output
-            self.times |= {stage: found.timings[stage] for stage in ("inference", "preprocess")}
         else:
-            logits = self._logits(output["logits"]) if request.form.output == "logits" else None
-            found = self._labels(output)
-            if isinstance(found, PanopticSegmentation):
-                found = found.kept(request.min_score)
+            size = prepared.covered if request.options.size == "network" else None
+            if size is not None and self._image is not None:
+                self._image = resize(self._image, *size)
+            if request.form.output == "logits":
+                logits = self._logits(output["logits"], prepared)
+            found = self._session.segmentation.finish(prepared, output, size=size)
+            found = found.kept(request.min_score)
         self.times["postprocess"] = time.perf_counter() - start
         return Answer(
-            model=self._card.name,
+            model=request.card.name,
             found=found,
             image=self._image,
             name=self._upload.name,
             timings_ms=milliseconds(list(self.times.items())),
             kept=request.kept,
             logits=logits,
-            image_size=self._size,
+            image_size=prepared.image if prepared is not None else self._size,
         )
 
-    @property
-    def _draws(self) -> bool:
-        return self._request.form.output == "overlay"
-
-    def _open(self) -> None:
-        start, file = time.perf_counter(), self._file
-        assert file is not None
-        self._file, self._upload = None, replace(self._upload, data=b"")
-        image = self._session.read_image(file, max_pixels=self._settings.max_pixels)
-        self._size = (image.shape[0], image.shape[1])
-        decoded = time.perf_counter()
-        self.times["decode"] = decoded - start
-        if self._request.mode == "whole":
-            if self._session.detects:
-                self._prepared = self._session.detection.prepare(image)
-            else:
-                fit = self._request.options.fit
-                self._prepared = self._session.segmentation.prepare(image, fit=fit)
-            self.times["preprocess"] = time.perf_counter() - decoded
-        if self._request.mode == "slide" or self._draws:
-            self._image = image
-
-    def _check_answer_size(self) -> None:
-        if self._request.form.output != "logits" or self._request.options.size != "original":
-            return
-        limit, output = self._settings.max_answer_bytes, self._card.output
-        assert output is not None
-        size = output.channels * math.prod(self._size) * 4
-        if size > limit:
-            raise RefusedError(
-                413,
-                f"Logits at this image's size are {size:,} bytes, and answers hold at most "
-                f"{limit:,}. Leave size out for the network's own, smaller ones.",
-            )
-
-    def _labels(self, output: Tensors) -> Segmentation:
-        assert self._prepared is not None
-        size = None
-        if self._request.options.size == "network":
-            size = self._prepared.covered
-            if self._image is not None:
-                self._image = resize(self._image, *size)
-        return self._session.segmentation.finish(self._prepared, output, size=size)
-
-    def _logits(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        size = self._request.options.size
-        if size is None:
+    def _logits(
+        self, logits: npt.NDArray[np.float32], prepared: Prepared
+    ) -> npt.NDArray[np.float32]:
+        """A network's logits at the size that is asked for."""
+        if self._request.options.size is None:
             return logits
-        assert self._prepared is not None
-        covered = self._prepared.covered
         architecture = self._session.bundle.manifest.architecture
         assert architecture is not None
+        network = self._request.options.size == "network"
         return logit_map(
             logits,
-            self._prepared.network,
-            covered,
-            covered if size == "network" else self._size,
+            prepared.network,
+            prepared.covered,
+            prepared.covered if network else prepared.image,
             align_corners=architecture.decode_head.align_corners,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from fdconv_deploy.errors import FDConvError, ImageError
 from fdconv_deploy.runtime import Bundle, Session, Tensors, open_session
 from fdconv_deploy.serve.admission import Admission, Memory
-from fdconv_deploy.serve.batching import Outcome, Scheduler
+from fdconv_deploy.serve.batching import Lane, Outcome, Scheduler
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.kserve.metadata import ModelStatistics, ModelStatisticsList
-from fdconv_deploy.serve.model_repository import Lane, Model, Repository, Version
+from fdconv_deploy.serve.model_repository import Model, Repository, Version
 from fdconv_deploy.serve.settings import Settings
 from fdconv_deploy.serve.telemetry import Metrics, Stages, Tracing
 from fdconv_deploy.serve.workers import Children, WorkerRunner
@@ -43,13 +43,11 @@ class Work:
 
     def run(self, inputs: Tensors) -> Awaitable[Outcome]:
         """Run the network on images, (N, C, H, W) of one of its sizes, and what else it takes."""
-        _, _, height, width = inputs["images"].shape
-        lane = Lane(self.version, (height, width))
-        return self.service.scheduler.run(lane, inputs, self.deadline)
+        return self.service.run(self.version, inputs, self.deadline)
 
     def call(self, call: Callable[[], Any]) -> Awaitable[Outcome]:
         """Run ``call`` by itself, in turn with runs of the network's first size."""
-        lane = Lane(self.version, self.version.session.input_size)
+        lane = self.version.lanes[self.version.session.input_size]
         return self.service.scheduler.call(lane, call, self.deadline)
 
 
@@ -62,24 +60,18 @@ class Service:
         loaded: What kept a model from being loaded at the start, or None.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Path | str | Session],
-        settings: Settings,
-        *,
-        scheduler: type[Scheduler] = Scheduler,
-    ) -> None:
+    def __init__(self, sources: Sequence[Path | str | Session], settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.statistics: dict[str, ModelStatistics] = {}
         self.tracing = Tracing(settings.tracing)
         self.children = Children(settings) if settings.isolation == "process" else None
-        self.scheduler = scheduler(
+        self.scheduler = Scheduler(
             workers=settings.workers,
             codec_threads=settings.codec_threads,
             max_batch=settings.max_batch,
             delay=settings.batch_delay_ms / 1e3,
-            on_batch=lambda *run: self.metrics.later(partial(self._count_batch, *run)),
+            on_batch=partial(self.metrics.later, self._count_batch),
             on_death=self.metrics.deaths.inc,
         )
         self.repository = Repository(
@@ -90,7 +82,7 @@ class Service:
             on_close=self._closing,
         )
         self.admission = Admission(
-            settings, on_reject=lambda reason: self.metrics.rejected.labels(reason).inc()
+            settings, lambda reason: self.metrics.rejected.labels(reason).inc()
         )
         self._unready = "The models are still being loaded. Try again in a moment."
         self.ready = self.draining = False
@@ -140,6 +132,10 @@ class Service:
                 self.statistics[version.name].failed(time.perf_counter() - start)
                 raise
 
+    def run(self, version: Version, inputs: Tensors, deadline: float) -> Awaitable[Outcome]:
+        """See :meth:`Work.run`."""
+        return self.scheduler.run(version.lanes[inputs["images"].shape[2:]], inputs, deadline)
+
     def check_ready(self) -> None:
         """Refuse with a 503 while models are loading, or when one did not load."""
         if not self.ready:
@@ -151,25 +147,19 @@ class Service:
             self.check_ready()
 
     def deadline(self, *wanted_ms: float | None, arrived: float | None = None) -> float:
-        """When a request must be answered, on the scheduler's clock.
+        """When a request that ``arrived`` then, or now, must be answered: by the scheduler's clock.
 
-        Args:
-            wanted_ms: The client's limits, of which the least holds; None or 0 is none.
-            arrived: When it came; now by default.
+        The client's limits are in milliseconds; None and 0 are none.
         """
         start = time.perf_counter() if arrived is None else arrived
         return start + min(self.settings.deadline_ms, *filter(None, wanted_ms), NO_LIMIT) / 1e3
 
     def count(self, model: str, stages: Stages, images: int = 1) -> None:
         """Count an answered request and its seconds by stage."""
-
-        def count() -> None:
-            self.statistics[model].succeeded(stages, images)
-            self.metrics.images.labels(model).inc(images)
-            for stage, seconds in stages:
-                self.metrics.stage_seconds.labels(model, stage).observe(seconds)
-
-        self.metrics.later(count)
+        self.statistics[model].succeeded(stages, images)
+        self.metrics.images.labels(model).inc(images)
+        for stage, seconds in stages:
+            self.metrics.stage_seconds.labels(model, stage).observe(seconds)
 
     def model_statistics(self, name: str = "", version: str = "") -> ModelStatisticsList:
         """What a model, or each of them, has done since it was loaded; of those that are."""
@@ -259,27 +249,27 @@ class Service:
         self.admission.forget_pace()
         self.metrics.settle()  # of the version before
         for size in session.sizes:
-            self.scheduler.add_lane(
-                Lane(version, size),
+            lane = version.lanes[size] = Lane(
+                name,
                 lambda inputs: session.run_batches(inputs),
                 session.batch_sizes,
-                cost=session.runner.batch_cost,
-                weight=self.settings.weights.get(name, 1.0),
+                session.runner.batch_cost,
+                self.settings.weights.get(name, 1.0),
             )
+            self.scheduler.add_lane(lane)
         self.statistics[name] = ModelStatistics(name=name, version=version.card.version)
         self.metrics.loads.labels(name).inc()
         self.metrics.model_bytes.labels(name).set(version.card.bytes)
 
     def _closing(self, version: Version) -> None:
-        for size in version.session.sizes:
-            self.scheduler.remove_lane(Lane(version, size))
+        for lane in version.lanes.values():
+            self.scheduler.remove_lane(lane)
         if not self.repository.is_ready(version.name):
             self.metrics.model_bytes.remove(version.name)
 
-    def _count_batch(self, lane: Hashable, images: int, seconds: float) -> None:
-        assert isinstance(lane, Lane)
-        self.metrics.batch_size.labels(lane.version.name).observe(images)
-        self.statistics[lane.version.name].ran(images, seconds)
+    def _count_batch(self, model: str, images: int, seconds: float) -> None:
+        self.metrics.batch_size.labels(model).observe(images)
+        self.statistics[model].ran(images, seconds)
 
 
 def timeout_of(header: str | None) -> float | None:

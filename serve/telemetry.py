@@ -102,7 +102,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._uncounted: list[Callable[[], None]] = []
+        self._uncounted: list[tuple[Callable[..., None], Any]] = []
         ProcessCollector(registry=self._registry)
         counter = partial(_metric, Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
@@ -141,20 +141,20 @@ class Metrics:
         if key:  # addresses are too many to be labels
             self.key_requests.labels(key).inc()
 
-    def later(self, count: Callable[[], None]) -> None:
-        """Count when there is time, together with others; called on the event loop.
+    def later(self, count: Callable[..., None], *what: Any) -> None:
+        """Call ``count`` when there is time, together with others; on the event loop.
 
         After an inference no cache of the processor holds what that takes.
         """
-        self._uncounted.append(count)
+        self._uncounted.append((count, what))
         if len(self._uncounted) == 1:
             asyncio.get_running_loop().call_later(_COUNTED_AFTER_SECONDS, self.settle)
 
     def settle(self) -> None:
         """Count what is not counted yet."""
         uncounted, self._uncounted = self._uncounted, []
-        for count in uncounted:
-            count()
+        for count, what in uncounted:
+            count(*what)
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A gauge whose value is read when it is asked for."""
@@ -189,11 +189,6 @@ class Tracing:
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         self._tracer = provider.get_tracer("fdconv.serve")
-
-    @property
-    def wanted(self) -> bool:
-        """Whether spans are made."""
-        return self._tracer is not None
 
     def record(
         self,

@@ -54,12 +54,7 @@ class Body:
 
     Refused are, on entering, what is announced too large (413) or of an unknown encoding (415); on
     reading, what is too slow (408), too large (413), damaged (422), or too much for now (503).
-
-    Args:
-        request: Whose it is.
-        service: That was asked.
-        most: Bytes that a request of this kind may need; beside the setting's.
-        deadline: Of the request, on the scheduler's clock.
+    ``most`` are the bytes that a request of this kind may need.
     """
 
     def __init__(

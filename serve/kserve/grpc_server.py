@@ -448,17 +448,20 @@ class GrpcServer:
             header = timeout_of(_first_of(call.metadata, "x-timeout-ms"))
             limits = wanted.timeout_ms, left and left * 1e3, header
             deadline = service.deadline(*limits, arrived=arrived)
-            client, write = call.client.name, partial(_written, wanted)
-            answer, version, stages = await infer(service, model, client, wanted, deadline, write)
+            images, work = (
+                len(wanted.images),
+                partial(infer, request=wanted, write=partial(_written, wanted)),
+            )
+            answer, stages = await service.answer(model, call.client.name, images, deadline, work)
         finally:
             service.admission.give_body(size)
-        service.count(version.name, stages, len(wanted.images))
+        service.metrics.later(service.count, model.name, stages, images)
         service.tracing.record(
             f"{call.service}/{call.method}",
             dict(call.metadata),
             time.perf_counter() - arrived,
             stages,
-            {"rpc.system": "grpc", "fdconv.model": version.name},
+            {"rpc.system": "grpc", "fdconv.model": model.name},
         )
         return answer
 

@@ -15,8 +15,8 @@ from fdconv_deploy.runtime import Session, Tensors
 from fdconv_deploy.runtime.preprocessing import Prepared, normalise
 from fdconv_deploy.serve.errors import RefusedError
 from fdconv_deploy.serve.model_cards import ModelCard
-from fdconv_deploy.serve.model_repository import Model, Version
-from fdconv_deploy.serve.service import Service, Work
+from fdconv_deploy.serve.model_repository import Version
+from fdconv_deploy.serve.service import Work
 from fdconv_deploy.serve.telemetry import Stages
 
 T = TypeVar("T")
@@ -224,44 +224,30 @@ def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array
 
 
 async def infer(
-    service: Service,
-    model: Model,
-    client: str,
+    work: Work,
     request: InferRequest,
-    deadline: float,
     write: Callable[[Version, dict[str, Array]], T],
     in_json: Collection[str] = (),
-) -> tuple[T, Version, Stages]:
-    """Run a client's request by its deadline; what ``write`` made, the version, and the stages.
+) -> tuple[T, Stages]:
+    """Run an admitted request; what ``write`` made of the outputs asked for, and the stages.
 
-    Args:
-        service: That was asked.
-        model: Of it.
-        client: Who asks.
-        request: For what.
-        deadline: On the scheduler's clock; writing included.
-        write: Makes the answer of the version and of the outputs asked for, by name. A segmentor's
-            are ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the input's size,
-            uint8 or, above 256 classes, uint16; a detector's are its graph's outputs.
-        in_json: Names of those that are written as JSON, which is done on another thread.
+    A segmentor's outputs are ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the
+    input's size, uint8 or, above 256 classes, uint16; a detector's are its graph's. If some are
+    written ``in_json``, it is done on another thread.
     """
-
-    async def answer(work: Work) -> tuple[T, Version, Stages]:
-        version = work.version
-        if version.card is not request.card and version.card.tensors != request.card.tensors:
-            raise RefusedError(
-                503,
-                f"The model {version.name!r} was just replaced by one of other tensors. Read its "
-                "metadata, and send the request again.",
-                service.admission.retry_after(),
-            )
-        await work.memory.take(_memory(version, request, in_json), deadline)
-        outputs, stages = await _infer(work, request)
-        if in_json:
-            return await work.code(lambda: write(version, outputs)), version, stages
-        return write(version, outputs), version, stages
-
-    return await service.answer(model, client, len(request.images), deadline, answer)
+    version = work.version
+    if version.card is not request.card and version.card.tensors != request.card.tensors:
+        raise RefusedError(
+            503,
+            f"The model {version.name!r} was just replaced by one of other tensors. Read its "
+            "metadata, and send the request again.",
+            work.service.admission.retry_after(),
+        )
+    await work.memory.take(_memory(version, request, in_json), work.deadline)
+    outputs, stages = await _run(work, request)
+    if in_json:
+        return await work.code(lambda: write(version, outputs)), stages
+    return write(version, outputs), stages
 
 
 def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
@@ -274,7 +260,7 @@ def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -
     return each * len(request.images)
 
 
-async def _infer(work: Work, request: InferRequest) -> tuple[dict[str, Array], Stages]:
+async def _run(work: Work, request: InferRequest) -> tuple[dict[str, Array], Stages]:
     session = work.version.session
     if request.images.dtype == np.uint8:  # to be normalised, which would keep the event loop
         inputs = await work.code(lambda: _inputs(session, request))

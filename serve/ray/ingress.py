@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fdconv_deploy.errors import BackendError, BundleError, FDConvError
 from fdconv_deploy.runtime import Bundle, Session, Tensors
-from fdconv_deploy.serve.batching import DeadlineError, Outcome, Scheduler, WorkerDiedError
+from fdconv_deploy.serve.batching import DeadlineError, Outcome, WorkerDiedError
 from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, problem_response
 from fdconv_deploy.serve.middleware import accepted_id
-from fdconv_deploy.serve.model_repository import Lane
+from fdconv_deploy.serve.model_repository import Version
 from fdconv_deploy.serve.ray.model import Ran, model_id
 from fdconv_deploy.serve.service import Service
 from fdconv_deploy.serve.settings import Settings
@@ -77,22 +77,18 @@ class InProxy:
             begun = True
             await send(message)
 
-        status, detail = (
-            503,
-            "The process that had this request ended before answering. Send it again.",
-        )
+        detail = "The process that had this request ended before answering. Send it again."
+        refused = RefusedError(503, detail, {"Retry-After": "1"})
         try:
             await self.app(scope, receive, send_on)
         except UnicodeDecodeError:
             if begun:
                 raise
-            status, detail = 400, "A header that is read here is not in UTF-8."
+            refused = RefusedError(400, "A header that is read here is not in UTF-8.")
         if not begun:
             given = Headers(scope=scope).get(REQUEST_ID, "")
             scope.setdefault("state", {})["request_id"] = accepted_id(given)
-            later = {"Retry-After": "1"} if status == 503 else None
-            answer = problem_response(Request(scope), RefusedError(status, detail, later))
-            await answer(scope, receive, send)
+            await problem_response(Request(scope), refused)(scope, receive, send)
 
 
 def in_proxy() -> list[Middleware]:
@@ -108,7 +104,7 @@ class RayService(Service):
     ) -> None:
         self._handle = handle
         self.loop: asyncio.AbstractEventLoop
-        super().__init__(sources, settings, scheduler=ReplicaScheduler)
+        super().__init__(sources, settings)
 
     async def start(self) -> None:
         """As a service does, but to the end of loading its models: then Ray sends requests."""
@@ -122,39 +118,29 @@ class RayService(Service):
         bundle.release()  # replicas read it
         return Session(bundle, ReplicaRunner(bundle, self._handle, self))
 
-
-class ReplicaScheduler(Scheduler):
-    """Sends images to replicas, which batch them; its threads only cross images (mode 'slide')."""
-
-    async def run(self, key: Hashable, inputs: Tensors, deadline: float = float("inf")) -> Outcome:
-        """See :meth:`Scheduler.run`."""
-        assert isinstance(key, Lane)
-        runner = key.version.session.runner
+    async def run(self, version: Version, inputs: Tensors, deadline: float) -> Outcome:
+        """Send images to replicas, which batch them; threads here cross images (mode 'slide')."""
+        runner = version.session.runner
         assert isinstance(runner, ReplicaRunner)
-        images, start = _each(inputs), self._clock()
-        self._count_running(len(images))
+        images, start = _each(inputs), time.perf_counter()
+        self.scheduler.count_running(len(images))
         try:
             found = await asyncio.gather(*(runner.run(image, deadline) for image in images))
         except (BundleError, BackendError) as error:
-            log.error("%s: %s", key.version.name, error)
+            log.error("%s: %s", version.name, error)
             raise RefusedError(
                 503,
-                f"The model {key.version.name!r} cannot be run; the server's log says why.",
+                f"The model {version.name!r} cannot be run; the server's log says why.",
                 {"Retry-After": "1"},
             ) from error
         finally:
-            self._count_running(-len(images))
-        seconds, run_seconds = self._clock() - start, max(ran.run_seconds for ran in found)
+            self.scheduler.count_running(-len(images))
+        seconds, run_seconds = time.perf_counter() - start, max(ran.run_seconds for ran in found)
         for ran in found:
             if ran.first:
-                self._on_batch(key, ran.batch, ran.run_seconds)
+                self.metrics.later(self._count_batch, version.name, ran.batch, ran.run_seconds)
         # All that is not the run's is waiting: for a replica, in it, and on the way.
-        sizes = tuple(ran.batch for ran in found)
-        return Outcome([ran.outputs for ran in found], seconds - run_seconds, run_seconds, sizes)
-
-    def _count_running(self, images: int) -> None:
-        with self._lock:
-            self.running += images
+        return Outcome([ran.outputs for ran in found], seconds - run_seconds, run_seconds)
 
 
 class ReplicaRunner(RemoteRunner):

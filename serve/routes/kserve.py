@@ -170,9 +170,11 @@ async def run(request: Request) -> Response:
 
         deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
         in_json = [name for name in wanted.outputs if not binary[name]]
-        work = infer(service, model, client, wanted, deadline, write, in_json)
-        (parts, head), version, stages = await while_connected(request, work)
-    answered(request, version.name, len(wanted.images), stages)
+        work = partial(infer, request=wanted, write=write, in_json=in_json)
+        images = len(wanted.images)
+        asked = service.answer(model, client, images, deadline, work)
+        (parts, head), stages = await while_connected(request, asked)
+    answered(request, model.name, images, stages)
     if head is None:
         return Parts(parts, b"application/json")
     return Parts(parts, b"application/octet-stream", (HEADER_LENGTH.lower().encode(), b"%d" % head))

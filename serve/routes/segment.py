@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
@@ -281,12 +282,13 @@ async def segment_images(
         uploads = await body.images()
         if len(uploads) > 1:
             wanted = replace(wanted, form=form_for_several(accept, form))
-        work = segment(service, model, client, uploads, wanted, deadline)
-        found = await while_connected(request, work)
-    answered(request, found.model, len(uploads), found.stages)
+        work = partial(segment, uploads=uploads, request=wanted)
+        asked = service.answer(model, client, len(uploads), deadline, work)
+        found = await while_connected(request, asked)
+    answered(request, model.name, len(uploads), found.stages)
     headers = {
         "Vary": "Accept",
-        "X-Model": found.model,
+        "X-Model": model.name,
         "X-Fit": ", ".join(dict.fromkeys(found.fits)),
         "X-Mode": found.mode,
         "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in milliseconds(found.stages).items()),

@@ -22,12 +22,21 @@ from fdconv_deploy.serve.batching import (
     BatchQueue,
     DeadlineError,
     Item,
+    Lane,
     Scheduler,
     WorkerDiedError,
 )
 
 
-def filled(queue: BatchQueue, lane: str, *names: str, at: float = 0.0, **options) -> list[Item]:
+def opened(
+    queue: BatchQueue | Scheduler, name: str, sizes: tuple[int, ...], run=print, **share
+) -> Lane:
+    lane = Lane(name, run, sizes, **share)
+    queue.add_lane(lane)
+    return lane
+
+
+def filled(queue: BatchQueue, lane: Lane, *names: str, at: float = 0.0, **options) -> list[Item]:
     items = [Item(at, request=name, **options) for name in names]
     for item in items:
         queue.push(lane, item)
@@ -43,7 +52,7 @@ def drained(queue: BatchQueue, *, seconds_per_item: float = 1.0, now: float = 0.
     """Lanes in the order in which they are served, by one worker."""
     order = []
     while isinstance(batch := queue.pop(now), Batch):
-        order.append(str(batch.lane))
+        order.append(batch.lane.model)
         queue.done(batch, seconds_per_item * len(batch.items))
     return order
 
@@ -52,7 +61,7 @@ class TestBatches:
     def test_nothing_waits(self) -> None:
         queue = BatchQueue()
         assert queue.pop(0.0) is None
-        queue.add_lane("a", (1, 4))
+        opened(queue, "a", (1, 4))
         assert queue.pop(0.0) is None
 
     @pytest.mark.parametrize(
@@ -68,8 +77,8 @@ class TestBatches:
     )
     def test_sizes_of_the_bundle(self, waiting: int, sizes, batches: list[int]) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", sizes)
-        filled(queue, "a", *map(str, range(waiting)))
+        a = opened(queue, "a", sizes)
+        filled(queue, a, *map(str, range(waiting)))
         found = []
         while isinstance(batch := queue.pop(0.0), Batch):
             found.append(batch)
@@ -80,35 +89,34 @@ class TestBatches:
     def test_cost_decides_whether_a_batch_is_padded(self) -> None:
         """Where a call is dear and images are cheap, three run in one batch of four."""
         queue = BatchQueue()
-        queue.add_lane("gpu", (1, 4), cost=lambda batch: 5 + 0.1 * batch)
-        filled(queue, "gpu", "x", "y", "z")
+        gpu = opened(queue, "gpu", (1, 4), cost=lambda batch: 5 + 0.1 * batch)
+        filled(queue, gpu, "x", "y", "z")
         assert names(queue.pop(0.0)) == ["x", "y", "z"]
 
     @pytest.mark.parametrize(("four", "batches"), [(4.4, [1, 1, 1, 1]), (3.7, [4])])
     def test_a_batch_measured_to_be_dear_is_not_made(self, four, batches: list[int]) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", (1, 4), cost=measured_cost({1: 0.2, 4: 0.2 * four}))
-        filled(queue, "a", *"wxyz")
+        a = opened(queue, "a", (1, 4), cost=measured_cost({1: 0.2, 4: 0.2 * four}))
+        filled(queue, a, *"wxyz")
         assert [len(names(queue.pop(0.0))) for _ in batches] == batches
         assert queue.waiting == 0
 
     def test_max_batch(self) -> None:
         queue = BatchQueue(max_batch=2)
-        queue.add_lane("a", (1, 2, 4))
-        filled(queue, "a", *"wxyz")
+        a = opened(queue, "a", (1, 2, 4))
+        filled(queue, a, *"wxyz")
         assert [len(names(queue.pop(0.0))) for _ in range(2)] == [2, 2]
 
     def test_max_batch_below_the_smallest_graph(self) -> None:
         queue = BatchQueue(max_batch=1)
-        queue.add_lane("a", (4,))
-        filled(queue, "a", *"wxyz")
+        a = opened(queue, "a", (4,))
+        filled(queue, a, *"wxyz")
         assert len(names(queue.pop(0.0))) == 4
 
     def test_never_of_two_models(self) -> None:
         queue = BatchQueue()
-        for lane in "ab":
-            queue.add_lane(lane, (4,))
-            filled(queue, lane, f"{lane}1", f"{lane}2")
+        for name in "ab":
+            filled(queue, opened(queue, name, (4,)), f"{name}1", f"{name}2")
         assert sorted([names(queue.pop(0.0)), names(queue.pop(0.0))]) == [
             ["a1", "a2"],
             ["b1", "b2"],
@@ -116,41 +124,41 @@ class TestBatches:
 
     def test_alone(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", (4,))
-        filled(queue, "a", "1", "2")
-        filled(queue, "a", "slide", call=print)
-        filled(queue, "a", "3")
+        a = opened(queue, "a", (4,))
+        filled(queue, a, "1", "2")
+        filled(queue, a, "slide", call=print)
+        filled(queue, a, "3")
         assert [names(queue.pop(0.0)) for _ in range(3)] == [["1", "2"], ["slide"], ["3"]]
 
 
 class TestDelay:
     def test_without_a_delay_nobody_waits(self) -> None:
         queue = BatchQueue(delay=0.0)
-        queue.add_lane("a", (1, 4))
-        filled(queue, "a", "x", at=10.0)
+        a = opened(queue, "a", (1, 4))
+        filled(queue, a, "x", at=10.0)
         assert names(queue.pop(10.0)) == ["x"]
 
     def test_the_oldest_waits_so_long_and_no_longer(self) -> None:
         queue = BatchQueue(delay=0.5)
-        queue.add_lane("a", (4,))
-        filled(queue, "a", "x", at=10.0)
+        a = opened(queue, "a", (4,))
+        filled(queue, a, "x", at=10.0)
         assert queue.pop(10.0) == 10.5
-        filled(queue, "a", "y", at=10.4)
+        filled(queue, a, "y", at=10.4)
         assert queue.pop(10.4) == 10.5
         assert names(queue.pop(10.5)) == ["x", "y"]
 
     def test_a_full_batch_does_not_wait(self) -> None:
         queue = BatchQueue(delay=0.5)
-        queue.add_lane("a", (2,))
-        filled(queue, "a", "x", "y", at=10.0)
+        a = opened(queue, "a", (2,))
+        filled(queue, a, "x", "y", at=10.0)
         assert names(queue.pop(10.0)) == ["x", "y"]
 
     def test_a_model_that_waits_does_not_hold_up_another(self) -> None:
         queue = BatchQueue(delay=0.5)
-        queue.add_lane("a", (4,))
-        queue.add_lane("b", (1,))
-        filled(queue, "a", "x", at=10.0)
-        filled(queue, "b", "y", at=10.0)
+        a = opened(queue, "a", (4,))
+        b = opened(queue, "b", (1,))
+        filled(queue, a, "x", at=10.0)
+        filled(queue, b, "y", at=10.0)
         assert names(queue.pop(10.0)) == ["y"]
         assert queue.pop(10.0) == 10.5
 
@@ -159,89 +167,88 @@ class TestFairness:
     def test_time_is_shared_not_requests(self) -> None:
         """A model three times as slow gets a third of the turns."""
         queue = BatchQueue()
-        for lane in ("slow", "fast"):
-            queue.add_lane(lane, (1,))
-            filled(queue, lane, *map(str, range(40)))
+        for name in ("slow", "fast"):
+            filled(queue, opened(queue, name, (1,)), *map(str, range(40)))
         used = {"slow": 0.0, "fast": 0.0}
         for _ in range(40):
             batch = queue.pop(0.0)
             assert isinstance(batch, Batch)
-            seconds = 3.0 if batch.lane == "slow" else 1.0
-            used[str(batch.lane)] += seconds
+            seconds = 3.0 if batch.lane.model == "slow" else 1.0
+            used[batch.lane.model] += seconds
             queue.done(batch, seconds)
         assert abs(used["slow"] - used["fast"]) <= 3.0
 
     def test_a_flood_does_not_starve_the_other(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("flood", (1,))
-        queue.add_lane("rare", (1,))
-        filled(queue, "flood", *map(str, range(100)))
+        flood = opened(queue, "flood", (1,))
+        rare = opened(queue, "rare", (1,))
+        filled(queue, flood, *map(str, range(100)))
         for _ in range(50):
             batch = queue.pop(0.0)
             assert isinstance(batch, Batch)
             queue.done(batch, 1.0)
-        filled(queue, "rare", "x")
+        filled(queue, rare, "x")
         assert names(queue.pop(0.0)) == ["x"]
 
     def test_idle_time_is_not_saved_up(self) -> None:
         """A model idle for long does not then lock the others out."""
         queue = BatchQueue()
-        for lane in "ab":
-            queue.add_lane(lane, (1,))
-        filled(queue, "a", *map(str, range(60)))
+        a, b = opened(queue, "a", (1,)), opened(queue, "b", (1,))
+        filled(queue, a, *map(str, range(60)))
         for _ in range(40):
             batch = queue.pop(0.0)
             assert isinstance(batch, Batch)
             queue.done(batch, 1.0)
-        filled(queue, "b", *map(str, range(20)))
+        filled(queue, b, *map(str, range(20)))
         assert abs(drained(queue)[:20].count("a") - 10) <= 1
 
     def test_weights(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("heavy", (1,), weight=3.0)
-        queue.add_lane("light", (1,))
-        for lane in ("heavy", "light"):
+        heavy = opened(queue, "heavy", (1,), weight=3.0)
+        light = opened(queue, "light", (1,))
+        for lane in (heavy, light):
             filled(queue, lane, *map(str, range(60)))
         assert abs(drained(queue)[:40].count("heavy") - 30) <= 1
 
     def test_several_workers_do_not_pile_on_one_lane(self) -> None:
         """What runs is charged before it is done, by what it took before."""
         queue = BatchQueue()
-        for lane in "ab":
-            queue.add_lane(lane, (1,))
-            filled(queue, lane, *map(str, range(10)))
+        for name in "ab":
+            filled(queue, opened(queue, name, (1,)), *map(str, range(10)))
         drained_once = [queue.pop(0.0), queue.pop(0.0)]
         for batch in drained_once:
             assert isinstance(batch, Batch)
             queue.done(batch, 1.0)
         running = [queue.pop(0.0) for _ in range(4)]
-        assert sorted(str(batch.lane) for batch in running if isinstance(batch, Batch)) == [*"aabb"]
+        assert sorted(batch.lane.model for batch in running if isinstance(batch, Batch)) == [
+            *"aabb"
+        ]
 
 
 class TestWhatDoesNotRun:
     def test_past_its_deadline(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", (1,))
-        filled(queue, "a", "late", deadline=5.0)
-        filled(queue, "a", "x", deadline=9.0)
+        a = opened(queue, "a", (1,))
+        filled(queue, a, "late", deadline=5.0)
+        filled(queue, a, "x", deadline=9.0)
         assert names(queue.pop(5.0)) == ["x"]
         assert queue.waiting == 0
 
     def test_cancelled(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", (4,))
-        first, second = filled(queue, "a", "x", "y")
-        queue.cancel("a", first)
+        a = opened(queue, "a", (4,))
+        first, second = filled(queue, a, "x", "y")
+        queue.cancel(a, first)
         assert queue.waiting == 1
         assert names(queue.pop(0.0)) == ["y"]
-        queue.cancel("a", second)  # runs already; nothing to forget
+        queue.cancel(a, second)  # runs already; nothing to forget
         assert queue.waiting == 0
 
     def test_a_lane_that_was_closed(self) -> None:
         queue = BatchQueue()
-        queue.add_lane("a", (1,))
-        filled(queue, "a", "x")
-        queue.remove_lane("a")
+        a = opened(queue, "a", (1,))
+        filled(queue, a, "x")
+        queue.remove_lane(a)
         assert queue.waiting == 0
         assert queue.pop(0.0) is None
 
@@ -290,8 +297,8 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_each_gets_its_own_answer() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model()
-        scheduler.add_lane("m", model, (1, 4))
-        found = await asyncio.gather(*(scheduler.run("m", images(n)) for n in range(50)))
+        lane = opened(scheduler, "m", (1, 4), model)
+        found = await asyncio.gather(*(scheduler.run(lane, images(n)) for n in range(50)))
         assert [outcome.rows[0]["logits"][0, 0, 0] for outcome in found] == [
             2 * n for n in range(50)
         ]
@@ -303,16 +310,16 @@ def test_each_gets_its_own_answer() -> None:
 def test_what_waits_while_a_worker_is_busy_runs_together() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
-        scheduler.add_lane("m", model, (1, 4))
-        first = asyncio.ensure_future(scheduler.run("m", images(0)))
+        lane = opened(scheduler, "m", (1, 4), model)
+        first = asyncio.ensure_future(scheduler.run(lane, images(0)))
         await until(lambda: scheduler.running == 1)
-        rest = [asyncio.ensure_future(scheduler.run("m", images(n))) for n in range(1, 5)]
+        rest = [asyncio.ensure_future(scheduler.run(lane, images(n))) for n in range(1, 5)]
         await until(lambda: scheduler.waiting == 4)
         model.held = False
         model.go_on.release()
         found = await asyncio.gather(first, *rest)
         assert model.batches == [[0], [1, 2, 3, 4]]
-        assert [outcome.batch_sizes for outcome in found] == [(1,)] + [(4,)] * 4
+        assert [outcome.rows[0]["logits"][0, 0, 0] for outcome in found] == [0, 2, 4, 6, 8]
 
     on_loop(test)
 
@@ -320,11 +327,10 @@ def test_what_waits_while_a_worker_is_busy_runs_together() -> None:
 def test_several_images_of_one_request() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model()
-        scheduler.add_lane("m", model, (1, 4))
-        batch = images(*range(6))
-        found = await scheduler.run("m", batch)
+        lane = opened(scheduler, "m", (1, 4), model)
+        found = await scheduler.run(lane, images(*range(6)))
         assert [row["logits"][0, 0, 0] for row in found.rows] == [0, 2, 4, 6, 8, 10]
-        assert sorted(found.batch_sizes) == [1, 1, 4, 4, 4, 4]
+        assert [len(batch) for batch in model.batches] == [4, 1, 1]
 
     on_loop(test)
 
@@ -334,8 +340,8 @@ def test_a_whole_batch_is_not_copied() -> None:
 
     async def test(scheduler: Scheduler) -> None:
         batch = images(1, 1, 1, 1)
-        scheduler.add_lane("m", lambda x: seen.append(x) or x, (4,))
-        await scheduler.run("m", batch)
+        lane = opened(scheduler, "m", (4,), lambda x: seen.append(x) or x)
+        await scheduler.run(lane, batch)
         assert np.shares_memory(seen[0]["images"], batch["images"])
 
     on_loop(test)
@@ -344,8 +350,8 @@ def test_a_whole_batch_is_not_copied() -> None:
 def test_workers_run_at_the_same_time() -> None:
     async def test(scheduler: Scheduler) -> None:
         together = threading.Barrier(2, timeout=60)
-        scheduler.add_lane("m", lambda x: (together.wait(), x)[1], (1,))
-        await asyncio.gather(scheduler.run("m", images(0)), scheduler.run("m", images(1)))
+        lane = opened(scheduler, "m", (1,), lambda x: (together.wait(), x)[1])
+        await asyncio.gather(scheduler.run(lane, images(0)), scheduler.run(lane, images(1)))
 
     on_loop(test, workers=2)
 
@@ -353,11 +359,11 @@ def test_workers_run_at_the_same_time() -> None:
 def test_a_deadline_that_passes_while_waiting() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
-        scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", images(0)))
+        lane = opened(scheduler, "m", (1,), model)
+        first = asyncio.ensure_future(scheduler.run(lane, images(0)))
         await until(lambda: scheduler.running == 1)
         with pytest.raises(DeadlineError):
-            await scheduler.run("m", images(1), scheduler._clock() + 0.02)
+            await scheduler.run(lane, images(1), scheduler._clock() + 0.02)
         assert scheduler.waiting == 0
         model.go_on.release()
         await first
@@ -377,8 +383,8 @@ def test_a_deadline_that_passes_while_running() -> None:
             return call_later(delay, call, *arguments)
 
         loop.call_later = caught  # type: ignore[method-assign, assignment]
-        scheduler.add_lane("m", model, (1,))
-        asked = asyncio.ensure_future(scheduler.run("m", images(0), scheduler._clock() + 3600))
+        lane = opened(scheduler, "m", (1,), model)
+        asked = asyncio.ensure_future(scheduler.run(lane, images(0), scheduler._clock() + 3600))
         await until(lambda: scheduler.running == 1)
         late[0]()
         with pytest.raises(DeadlineError):
@@ -392,10 +398,10 @@ def test_a_deadline_that_passes_while_running() -> None:
 def test_one_whose_client_left_is_not_run() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
-        scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", images(0)))
+        lane = opened(scheduler, "m", (1,), model)
+        first = asyncio.ensure_future(scheduler.run(lane, images(0)))
         await until(lambda: scheduler.running == 1)
-        left = asyncio.ensure_future(scheduler.run("m", images(1)))
+        left = asyncio.ensure_future(scheduler.run(lane, images(1)))
         await until(lambda: scheduler.waiting == 1)
         left.cancel()
         await until(lambda: scheduler.waiting == 0)
@@ -413,9 +419,9 @@ def test_an_error_reaches_those_of_its_batch_only() -> None:
                 raise ValueError("no")
             return inputs
 
-        scheduler.add_lane("m", run, (1,))
+        lane = opened(scheduler, "m", (1,), run)
         found = await asyncio.gather(
-            *(scheduler.run("m", images(n)) for n in range(3)), return_exceptions=True
+            *(scheduler.run(lane, images(n)) for n in range(3)), return_exceptions=True
         )
         assert [isinstance(outcome, ValueError) for outcome in found] == [False, True, False]
 
@@ -432,9 +438,9 @@ def test_a_thread_that_ends_is_replaced(end: type[BaseException]) -> None:
                 raise end
             return inputs
 
-        scheduler.add_lane("m", run, (1,))
+        lane = opened(scheduler, "m", (1,), run)
         found = await asyncio.gather(
-            *(scheduler.run("m", images(n)) for n in range(4)), return_exceptions=True
+            *(scheduler.run(lane, images(n)) for n in range(4)), return_exceptions=True
         )
         assert [isinstance(o, WorkerDiedError) for o in found] == [False, True, False, False]
 
@@ -444,8 +450,8 @@ def test_a_thread_that_ends_is_replaced(end: type[BaseException]) -> None:
 
 def test_calls_run_in_turn() -> None:
     async def test(scheduler: Scheduler) -> None:
-        scheduler.add_lane("m", Model(), (1, 4))
-        outcome = await scheduler.call("m", lambda: threading.current_thread().name)
+        lane = opened(scheduler, "m", (1, 4), Model())
+        outcome = await scheduler.call(lane, lambda: threading.current_thread().name)
         assert outcome.rows == ["inference-0"]
 
     on_loop(test)
@@ -454,8 +460,8 @@ def test_calls_run_in_turn() -> None:
 def test_codecs_run_beside_inference() -> None:
     async def test(scheduler: Scheduler) -> None:
         model = Model(held=True)
-        scheduler.add_lane("m", model, (1,))
-        first = asyncio.ensure_future(scheduler.run("m", images(0)))
+        lane = opened(scheduler, "m", (1,), model)
+        first = asyncio.ensure_future(scheduler.run(lane, images(0)))
         await until(lambda: scheduler.running == 1)
         name = await scheduler.code(lambda: threading.current_thread().name)
         assert name.startswith("codec")
@@ -493,8 +499,8 @@ def test_closing_runs_what_waits() -> None:
         scheduler = Scheduler()
         scheduler.start()
         model = Model(held=True)
-        scheduler.add_lane("m", model, (1,))
-        asked = [asyncio.ensure_future(scheduler.run("m", images(n))) for n in range(3)]
+        lane = opened(scheduler, "m", (1,), model)
+        asked = [asyncio.ensure_future(scheduler.run(lane, images(n))) for n in range(3)]
         await until(lambda: scheduler.waiting == 2)
         closing = asyncio.get_running_loop().run_in_executor(None, scheduler.close)
         model.held = False
@@ -525,14 +531,14 @@ def test_a_request_leaves_nothing_to_be_collected(uncollected: None, end: str) -
             time.sleep(0.05 if end == "late" else 0)
             return {"logits": inputs["images"][:, :1] * 2}
 
-        scheduler.add_lane("m", run, (1, 4))
+        lane = opened(scheduler, "m", (1, 4), run)
         left = []
         for number in range(4):
             inputs = images(number, number, number)
             left.append(weakref.ref(inputs["images"]))
             deadline = scheduler._clock() + 0.01 if end == "late" else float("inf")
             with contextlib.suppress(DeadlineError, RuntimeError):
-                await scheduler.run("m", inputs, deadline)
+                await scheduler.run(lane, inputs, deadline)
             del inputs
         # A worker holds its last batch until it has another.
         await until(lambda: sum(ref() is not None for ref in left) <= 1)
