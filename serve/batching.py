@@ -48,21 +48,27 @@ class DeadlineError(Exception):
 class After:
     """A ``with`` block within which ``call`` is made once it has lasted so many seconds.
 
-    No generator: an error would know its frame, and so what ``call`` is given.
+    Its value, if it was, is in ``late``. No generator: an error would know its frame, and so what
+    ``call`` is given.
     """
 
-    def __init__(self, seconds: float, call: Callable[..., object], *given: Any) -> None:
+    def __init__(self, seconds: float, call: Callable[..., Any], *given: Any) -> None:
         self._timer: asyncio.TimerHandle | None = None
+        self.late: Any = None
         if seconds < math.inf:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(seconds, call, *given)
+            self._timer = loop.call_later(seconds, self._call, call, *given)
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> After:
+        return self
 
     def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _call(self, call: Callable[..., Any], *given: Any) -> None:
+        self.late = call(*given)
 
 
 def fail(answer: asyncio.Future[Any] | None, error: Exception) -> None:
@@ -77,7 +83,7 @@ class Item:
 
     enqueued: float
     deadline: float = math.inf
-    request: Any = None  # which is told the answer
+    outcome: Any = None  # of its request
     index: int = 0  # of the image among those of ``inputs``
     inputs: Tensors = field(default_factory=dict)
     call: Callable[[], Any] | None = None
@@ -199,12 +205,8 @@ class Outcome:
     rows: list[Any]  # each image's outputs by name, without their batch axis
     queue_seconds: float = 0.0  # of the image that waited longest
     run_seconds: float = 0.0  # of the one that ran longest
-
-
-class _Request:
-    def __init__(self, answer: asyncio.Future[Outcome], images: int) -> None:
-        self.answer: asyncio.Future[Outcome] | None = answer  # None once it is over
-        self.missing, self.outcome = images, Outcome([None] * images)
+    missing: int = 0  # images that have not run yet
+    awaited: asyncio.Future[Outcome] | None = None  # while it is, until all have run
 
 
 class Scheduler:
@@ -267,18 +269,18 @@ class Scheduler:
 
     async def run(self, lane: Lane, inputs: Tensors, deadline: float = math.inf) -> Outcome:
         """Run each image of ``inputs``, batched with whatever else waits in the lane."""
-        count = len(next(iter(inputs.values())))
-        request, now = _Request(self._loop.create_future(), count), self._clock()
-        items = [Item(now, deadline, request, index, inputs) for index in range(count)]
-        return await self._answer(lane, request, items)
+        count, now = len(next(iter(inputs.values()))), self._clock()
+        outcome = Outcome([None] * count, missing=count)
+        items = [Item(now, deadline, outcome, index, inputs) for index in range(count)]
+        return await self._answer(lane, outcome, items)
 
     async def call(
         self, lane: Lane, call: Callable[[], Any], deadline: float = math.inf
     ) -> Outcome:
         """Run ``call`` by itself on an inference thread, in turn; ``rows[0]`` is its result."""
-        request = _Request(self._loop.create_future(), 1)
-        item = Item(self._clock(), deadline, request, call=call)
-        return await self._answer(lane, request, [item])
+        outcome = Outcome([None], missing=1)
+        item = Item(self._clock(), deadline, outcome, call=call)
+        return await self._answer(lane, outcome, [item])
 
     async def code(
         self,
@@ -291,19 +293,14 @@ class Scheduler:
         ``on_leave`` is called with one that is not waited for any more, after the deadline or a
         cancellation: if it has begun it goes on, and what it uses is in use until it ends.
         """
-        running, late = self._codecs.submit(call), False
+        running = self._codecs.submit(call)
         answer = asyncio.wrap_future(running, loop=self._loop)
-
-        def end() -> None:
-            nonlocal late
-            late = answer.cancel()
-
-        with After(deadline - self._clock(), end):
+        with After(deadline - self._clock(), answer.cancel) as limit:
             try:
                 return await answer
             except asyncio.CancelledError:
                 on_leave(running)
-                if late:
+                if limit.late:
                     raise DeadlineError from None
                 raise
 
@@ -318,9 +315,8 @@ class Scheduler:
             thread.join()
         self._codecs.shutdown(wait=True)
 
-    async def _answer(self, lane: Lane, request: _Request, items: list[Item]) -> Outcome:
-        answer = request.answer
-        assert answer is not None
+    async def _answer(self, lane: Lane, outcome: Outcome, items: list[Item]) -> Outcome:
+        outcome.awaited = answer = self._loop.create_future()
         try:
             with After(items[0].deadline - items[0].enqueued, fail, answer, DeadlineError()):
                 with self._lock:
@@ -337,10 +333,10 @@ class Scheduler:
                     self._queue.cancel(lane, item)
             raise
         finally:
-            # An error knows this frame, and a batch its requests: as circles, all their tensors
+            # An error knows this frame, and a batch its outcomes: as circles, all their tensors
             # would wait for the garbage collector.
-            request.answer = None
-            del request, items, answer
+            outcome.awaited = None
+            del outcome, items, answer
 
     def _start_thread(self, number: int) -> None:
         thread = threading.Thread(
@@ -394,17 +390,16 @@ class Scheduler:
             self._on_death()
         if isinstance(found, Exception):
             for item in batch.items:
-                fail(item.request.answer, found)
+                fail(item.outcome.awaited, found)
             return
         for item, row in zip(batch.items, found, strict=True):
-            request: _Request = item.request
-            outcome = request.outcome
+            outcome = item.outcome
             outcome.rows[item.index] = row
             outcome.queue_seconds = max(outcome.queue_seconds, start - item.enqueued)
             outcome.run_seconds = max(outcome.run_seconds, seconds)
-            request.missing -= 1
-            if not request.missing and request.answer is not None and not request.answer.done():
-                request.answer.set_result(outcome)
+            outcome.missing -= 1
+            if not outcome.missing and (answer := outcome.awaited) and not answer.done():
+                answer.set_result(outcome)
         self._on_batch(batch.lane.model, len(batch.items), seconds)
 
 

@@ -148,19 +148,15 @@ class Body:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        task, seconds, late = asyncio.current_task(), self._settings.body_seconds, False
+        task, seconds = asyncio.current_task(), self._settings.body_seconds
         assert task is not None
         left = max(self._deadline - time.perf_counter(), 0.0)
-
-        def end() -> None:
-            nonlocal late
-            late = task.cancel()
-
+        limit = After(min(seconds, left), task.cancel)
         try:
-            with After(min(seconds, left), end):
+            with limit:
                 yield
         except asyncio.CancelledError:
-            if not late:
+            if not limit.late:
                 raise
             if left < seconds:
                 raise DeadlineError from None

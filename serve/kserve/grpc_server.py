@@ -448,10 +448,7 @@ class GrpcServer:
             header = timeout_of(_first_of(call.metadata, "x-timeout-ms"))
             limits = wanted.timeout_ms, left and left * 1e3, header
             deadline = service.deadline(*limits, arrived=arrived)
-            images, work = (
-                len(wanted.images),
-                partial(infer, request=wanted, write=partial(_written, wanted)),
-            )
+            images, work = len(wanted.images), partial(infer, request=wanted, write=_written)
             answer, stages = await service.answer(model, call.client.name, images, deadline, work)
         finally:
             service.admission.give_body(size)

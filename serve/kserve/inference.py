@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,6 +69,7 @@ class InferRequest:
     images: Array  # (N, C, H, W) float32 normalised, or (N, H, W, C) uint8, RGB where C is 3
     sizes: Array | None  # of a detector, (N, 2) float32 within the input; the whole input if None
     outputs: tuple[str, ...]  # names of those to answer with
+    in_json: frozenset[str]  # and of those to be written as JSON
     timeout_ms: float | None
 
 
@@ -99,10 +100,12 @@ def infer_request(
     outputs: Sequence[str],
     timeout_us: int | None,
     max_images: int,
+    binary: Callable[[str], bool] = lambda _: True,
 ) -> InferRequest:
     """Check a request's tensors against the card of its model, and put them together.
 
-    Without ``outputs`` all are wanted; a ``timeout_us``, in microseconds, of 0 is none.
+    Without ``outputs`` all are wanted, each in ``binary`` or in JSON; a ``timeout_us``, in
+    microseconds, of 0 is none.
 
     Raises:
         RefusedError: 400, they are no inputs or outputs of this model.
@@ -131,12 +134,14 @@ def infer_request(
             raise RefusedError(
                 400, f"There is no output {name[:60]!r}; there are {', '.join(known)}."
             )
+    asked = tuple(dict.fromkeys(outputs or known))
     return InferRequest(
         card=card,
         id=request_id or "",
         images=arrays["images"],
         sizes=arrays.get("sizes"),
-        outputs=tuple(dict.fromkeys(outputs or known)),
+        outputs=asked,
+        in_json=frozenset(name for name in asked if not binary(name)),
         timeout_ms=timeout_us / 1e3 if timeout_us else None,
     )
 
@@ -226,14 +231,13 @@ def _from_numbers(given: InputTensor, dtype: np.dtype[Any], count: int) -> Array
 async def infer(
     work: Work,
     request: InferRequest,
-    write: Callable[[Version, dict[str, Array]], T],
-    in_json: Collection[str] = (),
+    write: Callable[[InferRequest, Version, dict[str, Array]], T],
 ) -> tuple[T, Stages]:
     """Run an admitted request; what ``write`` made of the outputs asked for, and the stages.
 
     A segmentor's outputs are ``logits`` (N, classes, h, w) float32 and ``labels`` (N, H, W) at the
-    input's size, uint8 or, above 256 classes, uint16; a detector's are its graph's. If some are
-    written ``in_json``, it is done on another thread.
+    input's size, uint8 or, above 256 classes, uint16; a detector's are its graph's. JSON is
+    written on another thread.
     """
     version = work.version
     if version.card is not request.card and version.card.tensors != request.card.tensors:
@@ -243,19 +247,19 @@ async def infer(
             "metadata, and send the request again.",
             work.service.admission.retry_after(),
         )
-    await work.memory.take(_memory(version, request, in_json), work.deadline)
+    await work.memory.take(_memory(version, request), work.deadline)
     outputs, stages = await _run(work, request)
-    if in_json:
-        return await work.code(lambda: write(version, outputs)), stages
-    return write(version, outputs), stages
+    if request.in_json:
+        return await work.code(lambda: write(request, version, outputs)), stages
+    return write(request, version, outputs), stages
 
 
-def _memory(version: Version, request: InferRequest, in_json: Collection[str]) -> int:
+def _memory(version: Version, request: InferRequest) -> int:
     """The bytes that a request takes at most, beside its body."""
     each = version.tensor_bytes
     for output in version.card.tensors[1]:
         made = 2 if output.name == "labels" and "labels" in request.outputs else 0
-        if size := made + WRITTEN_BYTES * (output.name in in_json):
+        if size := made + WRITTEN_BYTES * (output.name in request.in_json):
             each += size * math.prod(output.shape[1:])
     return each * len(request.images)
 

@@ -24,6 +24,7 @@ from fdconv_deploy.serve.kserve.inference import (
     infer_request,
 )
 from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.model_repository import Version
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # Memory in bytes that a number takes while it is read.
@@ -214,12 +215,10 @@ def _read_list(text: memoryview, at: int) -> tuple[list[Array], int]:
         give_way()
 
 
-def read_request(
-    body: memoryview, length: int, card: ModelCard, max_images: int
-) -> tuple[InferRequest, dict[str, bool]]:
+def read_request(body: memoryview, length: int, card: ModelCard, max_images: int) -> InferRequest:
     """A body of ``length`` bytes of JSON, then binary tensors in the inputs' order, as a request.
 
-    And which of its outputs the client wants in binary. Refused, by a 400, if it is none.
+    Refused, by a 400, if it is none.
     """
     call, lists = _read_json(body[:length])
     parameters, outputs = call.parameters or Parameters(), call.outputs or []
@@ -247,17 +246,24 @@ def read_request(
         raise RefusedError(
             400, f"{len(tail)} bytes follow the JSON that no 'binary_data_size' announces."
         )
-    names = [output.name for output in outputs]
-    request = infer_request(card, call.id, inputs, names, parameters.timeout, max_images)
-    binary = dict.fromkeys(request.outputs, bool(parameters.binary_data_output))
-    for output in outputs:
-        if output.parameters and output.parameters.binary_data is not None:
-            binary[output.name] = output.parameters.binary_data
-    return request, binary
+    own = {
+        output.name: output.parameters.binary_data
+        for output in outputs
+        if output.parameters and output.parameters.binary_data is not None
+    }
+    return infer_request(
+        card,
+        call.id,
+        inputs,
+        [output.name for output in outputs],
+        parameters.timeout,
+        max_images,
+        lambda name: own.get(name, bool(parameters.binary_data_output)),
+    )
 
 
 def write_answer(
-    card: ModelCard, request: InferRequest, outputs: dict[str, Array], binary: dict[str, bool]
+    request: InferRequest, version: Version, outputs: dict[str, Array]
 ) -> tuple[list[bytes | memoryview], int | None]:
     """An answer: the body's parts, and the JSON's length where binary tensors follow it."""
     text: list[bytes | memoryview] = []
@@ -265,12 +271,12 @@ def write_answer(
     # By hand: what may need an escape is the client's id alone, and any library's code is in no
     # cache of the processor after an inference.
     own_id = b',"id":' + to_json(request.id) if request.id else b""
-    last = f'{{"model_name":"{card.name}","model_version":"{card.version}"'.encode() + own_id
-    last, comma = last + b',"outputs":[', ""
+    last = f'{{"model_name":"{version.name}","model_version":"{version.card.version}"'.encode()
+    last, comma = last + own_id + b',"outputs":[', ""
     for name, array in outputs.items():
         shape = ",".join(map(str, array.shape))
         entry = f'{comma}{{"name":"{name}","datatype":"{datatype_of(array)}","shape":[{shape}],'
-        if binary[name]:
+        if name not in request.in_json:
             parts.append(np.ascontiguousarray(array).data.cast("B"))
             last += f'{entry}"parameters":{{"binary_data_size":{array.nbytes}}}}}'.encode()
         else:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from fdconv_deploy.serve.admission import Memory
 from fdconv_deploy.serve.errors import RefusedError, problem_docs, where_invalid
 from fdconv_deploy.serve.kserve import metadata as documents
-from fdconv_deploy.serve.kserve.inference import Array, infer
+from fdconv_deploy.serve.kserve.inference import infer
 from fdconv_deploy.serve.kserve.tensors import (
     HEADER_LENGTH,
     InferAnswer,
@@ -26,7 +26,7 @@ from fdconv_deploy.serve.kserve.tensors import (
     read_request,
     write_answer,
 )
-from fdconv_deploy.serve.model_repository import Model, Version
+from fdconv_deploy.serve.model_repository import Model
 from fdconv_deploy.serve.routes import Parts, answered, service_of, while_connected
 from fdconv_deploy.serve.service import timeout_of
 from fdconv_deploy.serve.uploads import Body
@@ -157,21 +157,15 @@ async def run(request: Request) -> Response:
         data = await body.read_aligned(int(header[:9]) if header and header.isdecimal() else 0)
         length = json_length(header, len(data))
         if length < _SMALL_JSON:
-            wanted, binary = read_request(data, length, card, most_images)
+            wanted = read_request(data, length, card, most_images)
         else:
             counted = partial(json_memory, data[:length], card, most_images)
             with Memory(service.admission) as memory:
                 await memory.take(await code(counted, deadline, memory.hold), deadline)
                 reading = partial(read_request, data, length, card, most_images)
-                wanted, binary = await code(reading, deadline, memory.hold)
-
-        def write(version: Version, outputs: dict[str, Array]) -> tuple[list[Any], int | None]:
-            return write_answer(version.card, wanted, outputs, binary)
-
+                wanted = await code(reading, deadline, memory.hold)
         deadline = service.deadline(timeout_ms, wanted.timeout_ms, arrived=arrived)
-        in_json = [name for name in wanted.outputs if not binary[name]]
-        work = partial(infer, request=wanted, write=write, in_json=in_json)
-        images = len(wanted.images)
+        images, work = len(wanted.images), partial(infer, request=wanted, write=write_answer)
         asked = service.answer(model, client, images, deadline, work)
         (parts, head), stages = await while_connected(request, asked)
     answered(request, model.name, images, stages)

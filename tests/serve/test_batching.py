@@ -37,7 +37,7 @@ def opened(
 
 
 def filled(queue: BatchQueue, lane: Lane, *names: str, at: float = 0.0, **options) -> list[Item]:
-    items = [Item(at, request=name, **options) for name in names]
+    items = [Item(at, outcome=name, **options) for name in names]
     for item in items:
         queue.push(lane, item)
     return items
@@ -45,7 +45,7 @@ def filled(queue: BatchQueue, lane: Lane, *names: str, at: float = 0.0, **option
 
 def names(found: Batch | float | None) -> list[str]:
     assert isinstance(found, Batch), found
-    return [item.request for item in found.items]
+    return [item.outcome for item in found.items]
 
 
 def drained(queue: BatchQueue, *, seconds_per_item: float = 1.0, now: float = 0.0) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from fastapi.testclient import TestClient
 
 from fdconv_deploy.serve import Settings, create_app
 from fdconv_deploy.serve.kserve import tensors
-from fdconv_deploy.serve.model_cards import ModelCard
+from fdconv_deploy.serve.model_cards import model_card
 from fdconv_deploy.serve.routes import kserve
+from tests.runtime import toy
 from tests.serve.conftest import wait_until_ready
 from tests.serve.test_refusals import refused
 
@@ -292,17 +294,18 @@ def test_infer_answers_values_that_are_not_finite_in_binary_only(client: TestCli
         assert answer.status_code == status, answer.text
 
 
-def test_infer_of_a_model_that_was_replaced_by_another(bundles, call, monkeypatch) -> None:
+def test_infer_of_a_model_that_was_replaced_by_another(
+    bundles, call, monkeypatch, tmp_path: Path
+) -> None:
     """Between reading the request and running it: it is of no use to the new one."""
-    real = kserve.read_request
+    real, other = kserve.read_request, toy.make_bundle(tmp_path / "b", height=64, width=96)
     with TestClient(create_app(bundles[:1], Settings(threads=1))) as client:
         wait_until_ready(client)
         version = client.app.state.service.repository.get("street").version
 
         def replaced(*given):
             found = real(*given)
-            size = {"channels": 3, "height": 64, "width": 96}
-            version.card = ModelCard.model_validate({**version.card.model_dump(), "input": size})
+            version.card = model_card("street", other, default=True)
             return found
 
         monkeypatch.setattr(kserve, "read_request", replaced)
