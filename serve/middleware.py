@@ -246,8 +246,14 @@ class Edge:
             return RedirectResponse(f"{scope['root_path']}/")
         try:
             self._check_head(scope, headers)
-            if path not in HEALTH:
-                self._check_connections(scope)
+            most = self._service.settings.max_connections
+            if path not in HEALTH and len(scope["state"].get("connections", ())) > most:
+                raise RefusedError(
+                    503,
+                    f"The service has {most} connections open, all it takes. Try again in a "
+                    "moment.",
+                    {**self._service.admission.retry_after(), "Connection": "close"},
+                )
             if path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
                 self._clients.check(client)
         except RefusedError as error:
@@ -273,15 +279,6 @@ class Edge:
                 431,
                 f"The request has more than {MAX_HEADERS} headers, or more than "
                 f"{MAX_HEADER_BYTES:,} bytes of them. Send fewer.",
-            )
-
-    def _check_connections(self, scope: Scope) -> None:
-        most = self._service.settings.max_connections
-        if len(scope["state"].get("connections", ())) > most:
-            raise RefusedError(
-                503,
-                f"The service has {most} connections open, all it takes. Try again in a moment.",
-                {**self._service.admission.retry_after(), "Connection": "close"},
             )
 
     def _record(

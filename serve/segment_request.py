@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation
@@ -162,19 +163,10 @@ def _class_ids(card: ModelCard, classes: list[str]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-@dataclass(frozen=True)
-class SegmentAnswer:
-    """A response's body, with what its headers and the metrics hold."""
-
-    mode: str
-    body: bytes
-    media_type: str
-    stages: Stages
-    fits: list[str]  # how each image was fitted to the network's input
-
-
-async def segment(work: Work, uploads: list[Upload], request: SegmentRequest) -> SegmentAnswer:
-    """Answer an admitted request for one image or several."""
+async def segment(
+    work: Work, uploads: list[Upload], request: SegmentRequest
+) -> tuple[Response, Stages]:
+    """Answer an admitted request for one image or several; and its stages."""
     several, card = len(uploads) > 1, work.version.card
     if card is not request.card:  # loaded, or replaced, since it was checked
         request = check_options(card, request.options, request.form)
@@ -209,8 +201,16 @@ async def segment(work: Work, uploads: list[Upload], request: SegmentRequest) ->
     seconds = time.perf_counter() - start
     postprocess = sum(image.times["postprocess"] for image in images)
     longest = max((image.times for image in images), key=lambda times: sum(times.values()))
-    stages = {**longest, "postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
-    return SegmentAnswer(request.mode, body, media_type, list(stages.items()), fits)
+    last = {"postprocess": postprocess, "encode": max(seconds - postprocess, 0.0)}
+    stages = list({**longest, **last}.items())
+    headers = {
+        "Vary": "Accept",
+        "X-Model": card.name,
+        "X-Fit": ", ".join(dict.fromkeys(fits)),
+        "X-Mode": request.mode,
+        "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in milliseconds(stages).items()),
+    }
+    return Response(body, media_type=media_type, headers=headers), stages
 
 
 class _Cost(NamedTuple):

@@ -23,11 +23,11 @@ from fdconv_deploy.serve.errors import REQUEST_ID, RefusedError, answer_to
 from fdconv_deploy.serve.http_limits import LAST_REQUEST_SECONDS
 from fdconv_deploy.serve.kserve import metadata as documents
 from fdconv_deploy.serve.kserve.inference import (
+    DATATYPE_OF,
     PIECE,
     InferRequest,
     InputTensor,
     check_parameters,
-    datatype_of,
     infer,
     infer_request,
 )
@@ -536,6 +536,6 @@ def _written(request: InferRequest, version: Version, outputs: dict[str, Any]) -
         model_name=version.name, model_version=version.card.version, id=request.id
     )
     for name, array in outputs.items():
-        answer.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+        answer.outputs.add(name=name, datatype=DATATYPE_OF[array.dtype], shape=array.shape)
         answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
     return answer

@@ -31,7 +31,7 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {"FP32": "<f4", "UINT8": "u1", "UINT16": "<u2", "INT64": "<i8"}.items()
 }
-_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+DATATYPE_OF = {dtype: name for name, dtype in DATATYPES.items()}
 # Parameters of Triton's extensions that would change the answer and are not done here. A client
 # that got an answer would take it for the one it asked for.
 _NOT_DONE = {
@@ -76,11 +76,6 @@ class InferRequest:
 def give_way() -> None:
     """Let others have Python's lock; without a pause this thread has it back before they wake."""
     time.sleep(1e-4)
-
-
-def datatype_of(array: Array) -> str:
-    """The protocol's name of an array's datatype."""
-    return _NAMES[array.dtype]
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> None:

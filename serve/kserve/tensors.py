@@ -13,13 +13,13 @@ from pydantic_core import from_json, to_json
 
 from fdconv_deploy.serve.errors import RefusedError, where_invalid
 from fdconv_deploy.serve.kserve.inference import (
+    DATATYPE_OF,
     DATATYPES,
     PIECE,
     Array,
     InferRequest,
     InputTensor,
     check_parameters,
-    datatype_of,
     give_way,
     infer_request,
 )
@@ -275,7 +275,9 @@ def write_answer(
     last, comma = last + own_id + b',"outputs":[', ""
     for name, array in outputs.items():
         shape = ",".join(map(str, array.shape))
-        entry = f'{comma}{{"name":"{name}","datatype":"{datatype_of(array)}","shape":[{shape}],'
+        entry = (
+            f'{comma}{{"name":"{name}","datatype":"{DATATYPE_OF[array.dtype]}","shape":[{shape}],'
+        )
         if name not in request.in_json:
             parts.append(np.ascontiguousarray(array).data.cast("B"))
             last += f'{entry}"parameters":{{"binary_data_size":{array.nbytes}}}}}'.encode()

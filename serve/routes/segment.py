@@ -24,7 +24,6 @@ from fdconv_deploy.serve.responses import (
 from fdconv_deploy.serve.routes import answered, service_of, while_connected
 from fdconv_deploy.serve.segment_request import SegmentOptions, check_options, segment
 from fdconv_deploy.serve.service import NO_LIMIT
-from fdconv_deploy.serve.telemetry import milliseconds
 from fdconv_deploy.serve.uploads import FIELD, NPY, Body
 
 router = APIRouter(tags=["segmentation"])
@@ -284,13 +283,6 @@ async def segment_images(
             wanted = replace(wanted, form=form_for_several(accept, form))
         work = partial(segment, uploads=uploads, request=wanted)
         asked = service.answer(model, client, len(uploads), deadline, work)
-        found = await while_connected(request, asked)
-    answered(request, model.name, len(uploads), found.stages)
-    headers = {
-        "Vary": "Accept",
-        "X-Model": model.name,
-        "X-Fit": ", ".join(dict.fromkeys(found.fits)),
-        "X-Mode": found.mode,
-        "Server-Timing": ", ".join(f"{k};dur={v}" for k, v in milliseconds(found.stages).items()),
-    }
-    return Response(found.body, media_type=found.media_type, headers=headers)
+        response, stages = await while_connected(request, asked)
+    answered(request, model.name, len(uploads), stages)
+    return response
