@@ -585,22 +585,38 @@ def test_segmenting_loads_no_torch(bundle, tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_stop_that_an_import_hides_is_a_stop():
-    # NumPy's C code, stopped while it is imported, raises an ImportError of its own.
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            "try: stop()\nexcept SystemExit: raise ImportError('numpy did not import') from None",
+            id="another error",
+        ),
+        pytest.param("try: stop()\nexcept BaseException: pass\ntime.sleep(60)", id="swallowed"),
+        pytest.param(
+            "class Dying:\n    def __del__(self): stop()\nDying()\ntime.sleep(60)", id="unraisable"
+        ),
+        pytest.param("try: stop()\nfinally: time.sleep(0.5); print('whole')", id="tidying up"),
+        pytest.param("import stopped_in; time.sleep(60)", id="importing"),
+    ],
+)
+def test_a_stop_ends_the_command(tmp_path, command):
+    # A stop within an import waits for its end: torch's would abort the process.
+    module = "import __main__\ntry: __main__.stop()\nexcept BaseException: print('cut')\n"
+    (tmp_path / "stopped_in.py").write_text(module + "print('whole')\n")
     program = (
-        "import os, signal, time\n"
+        "import os, signal, sys, time\n"
         "from fdconv_deploy.cli import app\n"
-        "def stopped():\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        time.sleep(60)\n"
-        "    except SystemExit:\n"
-        "        raise ImportError('numpy._core.multiarray failed to import') from None\n"
-        "app.app = stopped\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "def stop():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
+        f"app.app = lambda: exec({command!r}, globals())\n"
         "app.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (143, "")
+    whole = "whole\n" if command.startswith("import") or "print" in command else ""
+    assert (done.returncode, done.stdout) == (143, whole), done.stderr
 
 
 def test_a_stopped_export_leaves_nothing(tmp_path):

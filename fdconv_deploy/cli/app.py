@@ -7,7 +7,6 @@ that ``fdconv --help`` is instant and segmenting or serving loads no torch. Exit
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -26,6 +25,7 @@ from fdconv_deploy.cli.export import export
 from fdconv_deploy.cli.inspect import inspect
 from fdconv_deploy.cli.segment import segment
 from fdconv_deploy.cli.serve import serve
+from fdconv_deploy.cli.stopping import unwinding_when_stopped
 from fdconv_deploy.cli.verify import verify
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.version import __version__
@@ -119,19 +119,10 @@ def _message(error: Exception) -> str:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence, not in a traceback."""
-    # Being stopped unwinds like an error does, so that nothing half-written stays behind.
-    stopped: list[int] = []
-
-    def stop(number: int, _frame: object) -> None:
-        stopped.append(128 + number)
-        sys.exit(stopped[0])
-
-    signal.signal(signal.SIGTERM, stop)
     try:
-        app()
+        with unwinding_when_stopped():
+            app()
     except Exception as error:
-        if stopped:  # in the middle of an import, where NumPy makes an ImportError of an exit
-            sys.exit(stopped[0])
         message = _message(error)
     except KeyboardInterrupt:
         sys.exit(130)
