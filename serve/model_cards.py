@@ -15,7 +15,7 @@ from fdconv_deploy.errors import BundleError
 from fdconv_deploy.runtime import Bundle
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.manifest import Manifest, OutputParity
-from fdconv_deploy.runtime.segmentation import class_names, class_palette
+from fdconv_deploy.runtime.segmentation import classes_of
 from fdconv_deploy.runtime.sliding_window import slide_stride
 
 RGB = tuple[int, int, int]
@@ -237,7 +237,7 @@ def _segmentor(bundle: Bundle) -> dict[str, Any]:
     # Logits, or queries' masks, behind which MaskDINO's boxes may come.
     _, channels, height, width = outputs[0 if config.panoptic is None else 1].shape
     own: dict[str, Any] = {
-        "classes": _classes(class_names(config), class_palette(config)),
+        "classes": _classes(*classes_of(config)),
         "threshold": config.decode_head.label_threshold,
     }
     if config.panoptic is not None:
@@ -253,7 +253,7 @@ def _detector(bundle: Bundle) -> dict[str, Any]:
     config = bundle.manifest.detector
     assert config is not None
     return {
-        "classes": _classes(class_names(config), class_palette(config)),
+        "classes": _classes(*classes_of(config)),
         "instances": InstanceLimits(
             masks=config.mask_head is not None,
             mask_size=config.mask_size,

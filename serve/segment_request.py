@@ -19,7 +19,7 @@ from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime import Segmentation
 from fdconv_deploy.runtime.detection import SHOWN_SCORE
 from fdconv_deploy.runtime.images import FORMATS, ImageFile, check_format, image_cost
-from fdconv_deploy.runtime.postprocessing import logit_map
+from fdconv_deploy.runtime.postprocessing import logits_of, view_of
 from fdconv_deploy.runtime.preprocessing import Prepared, resize
 from fdconv_deploy.serve.batching import DeadlineError, Outcome
 from fdconv_deploy.serve.errors import RefusedError, answer_to
@@ -337,10 +337,7 @@ class _Image:
         decoded = time.perf_counter()
         self.times["decode"] = decoded - start
         if self._request.mode == "whole":
-            if session.detects:
-                self._prepared = session.detection.prepare(image)
-            else:
-                self._prepared = session.segmentation.prepare(image, fit=self._request.options.fit)
+            self._prepared = session.images.prepare(image, fit=self._request.options.fit)
             self.times["preprocess"] = time.perf_counter() - decoded
         if self._is_needed_again:
             self._image = image
@@ -400,14 +397,9 @@ class _Image:
             return logits
         architecture = self._session.bundle.manifest.architecture
         assert architecture is not None
-        network = self._request.options.size == "network"
-        return logit_map(
-            logits,
-            prepared.network,
-            prepared.covered,
-            prepared.covered if network else prepared.image,
-            align_corners=architecture.decode_head.align_corners,
-        )
+        size = prepared.covered if self._request.options.size == "network" else None
+        align_corners = architecture.decode_head.align_corners
+        return logits_of(view_of(logits, prepared, size, align_corners=align_corners))
 
 
 async def _all(works: list[Coroutine[Any, Any, None]]) -> None:

@@ -32,7 +32,8 @@ from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint, packaged_detector
 from fdconv_deploy.export import export_checkpoint, export_onnx
 from fdconv_deploy.runtime import open_session, read_image
-from fdconv_deploy.runtime.postprocessing import logit_map
+from fdconv_deploy.runtime.postprocessing import logits_of, view_of
+from fdconv_deploy.runtime.preprocessing import Prepared
 
 HERE = Path(__file__).parent
 SIZE = (192, 256)
@@ -204,7 +205,8 @@ def differences(found: Arrays, expected: Arrays) -> dict[str, float] | str:
         here = found.get(name)
         if name == "logits" and here is not None and here.shape[2:] == SIZE:  # at the image's size
             small = right[0].astype(np.float32)
-            right = logit_map(small, SIZE, SIZE, SIZE, align_corners=False)[None]
+            whole = Prepared({}, SIZE, "resized", SIZE, SIZE)
+            right = logits_of(view_of(small, whole, align_corners=False))[None]
         if here is None or here.shape != right.shape:
             return "other shapes"
         if right.dtype.kind != "f":

@@ -73,7 +73,7 @@ class TritonPythonModel:
 
     @property
     def _slides(self) -> bool:
-        return not self._session.detects and self._session.segmentation.mode == "slide"
+        return self._session.images.mode == "slide"
 
     def _prepare(self, image: np.ndarray[Any, Any]) -> Any:
         """An image's input; in sliding mode, its answer: an image's crops run together."""

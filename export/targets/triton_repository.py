@@ -25,7 +25,7 @@ from fdconv_deploy.export.targets.onnx_file import chosen_graph, prove, standard
 from fdconv_deploy.ops import OPSET
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import MANIFEST_NAME, Manifest
-from fdconv_deploy.runtime.segmentation import class_names
+from fdconv_deploy.runtime.segmentation import classes_of
 
 TritonBackend = Literal["python", "onnxruntime"]
 CONFIG = "config.pbtxt"
@@ -164,7 +164,7 @@ def _python_config(name: str, manifest: Manifest) -> str:
     """
     if manifest.kind == "segmentor" and manifest.architecture is not None:
         how = manifest.architecture.preprocessing
-        wide = len(class_names(manifest.architecture)) > 256
+        wide = len(classes_of(manifest.architecture)[0]) > 256
         outputs = [_tensor("labels", "TYPE_UINT16" if wide else "TYPE_UINT8", [-1, -1])]
         if manifest.architecture.panoptic is not None:
             outputs.append(_tensor("ids", "TYPE_INT32", [-1, -1]))

@@ -21,7 +21,7 @@ from fdconv_deploy.export.targets.onnx_file import chosen_graph, export_onnx
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import Manifest
 from fdconv_deploy.runtime.postprocessing import logit_of
-from fdconv_deploy.runtime.segmentation import class_names, class_palette
+from fdconv_deploy.runtime.segmentation import classes_of
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # from Python 3.11 on
@@ -173,6 +173,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
     logit = None if head.label_threshold is None else logit_of(head.label_threshold)
     if logit is not None:  # JSON has no infinity; no logit is beyond float32
         logit = max(-1e39, min(logit, 1e39))
+    names, colours = classes_of(network)
     return {
         "name": manifest.checkpoint.name if manifest.checkpoint else manifest.created_by,
         "height": size.height,
@@ -186,6 +187,6 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "size_divisor": how.size_divisor,
         "align_corners": head.align_corners,
         "threshold_logit": logit,
-        "classes": class_names(network),
-        "palette": class_palette(network),
+        "classes": names,
+        "palette": colours,
     }

@@ -24,12 +24,12 @@ from fdconv_deploy.runtime import Detection, Session, open_session
 from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
-from fdconv_deploy.runtime.preprocessing import best_size, check_image, published_input
+from fdconv_deploy.runtime.preprocessing import best_size, check_image, padded, published_size
 from fdconv_deploy.runtime.segmentation import (
     Mode,
     MultiScale,
     SegmentationPipeline,
-    class_names,
+    classes_of,
 )
 from fdconv_deploy.runtime.session import make_pipeline
 
@@ -239,7 +239,7 @@ def torch_target(
         elif scales:
             answer = _in_several_runs(network, sizes, fit, None, scales)
     details["size"] = None if size is None else list(size)
-    return Target(str(path), answer, class_names(config), details, config.preprocessing)
+    return Target(str(path), answer, classes_of(config)[0], details, config.preprocessing)
 
 
 def _in_one_run(
@@ -250,11 +250,11 @@ def _in_one_run(
 
     config = network.architecture
     how = config.preprocessing
-    divisor = SIZE_DIVISOR if isinstance(config, DetectorConfig) else None
+    divisor = SIZE_DIVISOR if isinstance(config, DetectorConfig) else how.size_divisor
 
     def answer(image: NDArray[Any]) -> Found:
         height, width = check_image(image, how).shape[:2]
-        published = published_input((height, width), how, divisor)
+        published = padded(published_size(height, width, how), divisor)
         steps = make_pipeline(config, sizes or [published], fit)
         prepared = steps.prepare(image)
         inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]

@@ -23,9 +23,10 @@ from fdconv_deploy.coco_rle import Rle
 from fdconv_deploy.coco_rle import encode as encode_mask
 from fdconv_deploy.config import DetectorConfig
 from fdconv_deploy.errors import ImageError
+from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import Pasted, Probabilities, paste
 from fdconv_deploy.runtime.preprocessing import FitDone, Prepared, prepare_image
-from fdconv_deploy.runtime.segmentation import class_names, class_palette
+from fdconv_deploy.runtime.segmentation import Mode, classes_of
 from fdconv_deploy.runtime.visualization import (
     RGB,
     check_drawing,
@@ -193,14 +194,18 @@ class Detection:
 class DetectionPipeline:
     """A detector's steps before and after a run; ``sizes`` are (H, W) of its network's inputs."""
 
+    mode: Mode = "whole"
+
     def __init__(self, detector: DetectorConfig, sizes: Sequence[tuple[int, int]]) -> None:
         self.preprocessing, self.sizes = detector.preprocessing, tuple(sizes)
-        self.classes, self.palette = class_names(detector), class_palette(detector)
+        self.classes, self.palette = classes_of(detector)
         self.finds_masks = detector.mask_head is not None
         self._mask_threshold = detector.test.rcnn.mask_thr_binary
 
-    def prepare(self, image: npt.NDArray[np.uint8]) -> Prepared:
+    def prepare(self, image: npt.NDArray[np.uint8], *, fit: Fit | None = None) -> Prepared:
         """Its inputs ``images`` (3, H, W) and ``sizes`` (2,) float32; see `prepare_image`."""
+        if fit == "stretch":
+            raise ImageError("A detector's images are padded, as published. Leave the fit out.")
         prepared = prepare_image(image, self.preprocessing, self.sizes, None)
         prepared.inputs["sizes"] = np.array(prepared.covered, np.float32)
         return prepared
@@ -211,15 +216,12 @@ class DetectionPipeline:
         outputs: Mapping[str, npt.NDArray[Any]],
         inference_seconds: float = 0.0,
     ) -> Detection:
-        """Bring boxes back to the image's pixels.
-
-        ``outputs`` are the network's for the image, without their batch axis; see ``Manifest``.
-        """
+        """Bring boxes back to the image's pixels; ``outputs`` are `Manifest`'s for one image."""
         start = time.perf_counter()
         count, (height, width) = int(outputs["count"]), prepared.image
         across, down = prepared.covered[1] / width, prepared.covered[0] / height
-        scale = np.array([across, down, across, down], np.float32)
-        edges = np.array([width, height, width, height], np.float32)
+        scale = np.array([across, down] * 2, np.float32)
+        edges = np.array([width, height] * 2, np.float32)
         # They were clipped in the network; dividing may round them out again.
         boxes = np.clip(outputs["boxes"][:count] / scale, 0, edges).astype(np.float32, copy=False)
         masks = outputs.get("masks")

@@ -26,12 +26,11 @@ from fdconv_deploy.runtime.postprocessing import (
     ArrayRows,
     Logits,
     Pasted,
-    Taps,
+    View,
     empty_labels,
-    resize_maps,
-    resized_tiles,
     sigmoid,
     softmax,
+    view_of,
 )
 from fdconv_deploy.runtime.preprocessing import Prepared
 from fdconv_deploy.runtime.segmentation import Segmentation, SegmentationPipeline
@@ -135,18 +134,16 @@ class PanopticPipeline(SegmentationPipeline):
         MaskDINO's ``boxes`` (Q, 4).
         """
         start = time.perf_counter()
-        masks, image = outputs["masks"], size or prepared.image
-        maps = resize_maps(
-            masks.shape[1:], prepared.network, prepared.covered, image, align_corners=False
-        )
+        masks = outputs["masks"]
+        view = view_of(masks, prepared, size, align_corners=False)
         sure = self._scores(outputs["classes"])
-        ids, segments = self._segments(sure, masks, *maps)
-        labels = empty_labels(*image, len(self.classes))
+        ids, segments = self._segments(sure, masks, view)
+        labels = empty_labels(ids.shape, len(self.classes))
         of_segment = [len(self.classes) - 1, *(segment.label for segment in segments)]
         labels[:] = np.array(of_segment)[ids]
         instances = None
         if self._rule.instance_on:
-            instances = self._instances(sure, outputs, prepared, *maps)
+            instances = self._instances(sure, outputs, prepared, view)
         timings = prepared.timings(inference_seconds, start)
         return PanopticSegmentation(
             labels,
@@ -161,12 +158,12 @@ class PanopticPipeline(SegmentationPipeline):
         )
 
     def _segments(
-        self, sure: Logits, masks: Logits, rows: Taps, columns: Taps
+        self, sure: Logits, masks: Logits, view: View
     ) -> tuple[npt.NDArray[np.int32], tuple[Segment, ...]]:
         """(H, W) int32 segment numbers, 0 for none, and the segments from 1 on.
 
-        ``sure`` (Q, class outputs) are probabilities and ``masks`` (Q, h, w) logits; ``rows`` and
-        ``columns`` bring masks to the image.
+        ``sure`` (Q, class outputs) are probabilities and ``masks`` (Q, h, w) logits, which ``view``
+        brings to the image.
         """
         rule, probabilities = self._rule, sure
         if self._temperature is not None:
@@ -174,14 +171,14 @@ class PanopticPipeline(SegmentationPipeline):
         labels, scores = probabilities.argmax(1), probabilities.max(1)
         is_sure = sure.max(1) > np.float32(rule.object_mask_thr)
         queries = np.flatnonzero(is_sure & (sure.argmax(1) != self._classes))
-        ids = np.zeros((rows.size, columns.size), np.int32)
+        ids = np.zeros((view.rows.size, view.columns.size), np.int32)
         if not len(queries):
             return ids, ()
         owner = np.empty(ids.shape, np.int32)
         strong = np.empty(ids.shape, np.bool_)
         original = np.zeros(len(queries), np.int64)
         weights = scores[queries]
-        for place, logits in resized_tiles(ArrayRows(masks[queries]), rows, columns):
+        for place, logits in view._replace(logits=ArrayRows(masks[queries])).tiles():
             found = sigmoid(logits)
             best = (found * weights).argmax(-1)
             owner[place] = best
@@ -201,16 +198,14 @@ class PanopticPipeline(SegmentationPipeline):
                 continue
             label = int(labels[query])
             is_thing = label in rule.thing_classes
-            if not is_thing and label in stuff:
-                number_of[index] = stuff[label]
-                first = segments[stuff[label] - 1]
-                segments[first.id - 1] = replace(first, area=first.area + area)
-                continue
-            number_of[index] = len(segments) + 1
-            if not is_thing:
-                stuff[label] = len(segments) + 1
-            score = float(scores[query])
-            segments.append(Segment(len(segments) + 1, label, is_thing, score, area))
+            number = len(segments) + 1
+            number = number if is_thing else stuff.setdefault(label, number)
+            number_of[index] = number
+            if number > len(segments):
+                segments.append(Segment(number, label, is_thing, float(scores[query]), area))
+            else:
+                first = segments[number - 1]
+                segments[number - 1] = replace(first, area=first.area + area)
         ids = number_of[owner]
         if only_strong:
             ids[~strong] = 0
@@ -221,8 +216,7 @@ class PanopticPipeline(SegmentationPipeline):
         sure: Logits,
         outputs: Mapping[str, npt.NDArray[Any]],
         prepared: Prepared,
-        rows: Taps,
-        columns: Taps,
+        view: View,
     ) -> Detection:
         """The objects, the best score first: arguments as those of `_segments`."""
         flat = sure[:, : self._classes].ravel()
@@ -231,10 +225,11 @@ class PanopticPipeline(SegmentationPipeline):
         things = np.isin(labels, self._rule.thing_classes)
         queries, labels, scores = queries[things], labels[things], flat[best][things]
         used, place = np.unique(queries, return_inverse=True)
-        inside = np.zeros((len(used), rows.size, columns.size), np.bool_)
+        height, width = view.rows.size, view.columns.size
+        inside = np.zeros((len(used), height, width), np.bool_)
         total = np.zeros(len(used))
-        masks = ArrayRows(outputs["masks"][used])
-        for (down, across), logits in resized_tiles(masks, rows, columns):
+        masks = view._replace(logits=ArrayRows(outputs["masks"][used]))
+        for (down, across), logits in masks.tiles():
             there = logits > 0
             total += (sigmoid(logits) * there).sum((0, 1), dtype=np.float64)
             inside[:, down, across] = there.transpose(2, 0, 1)
@@ -249,8 +244,7 @@ class PanopticPipeline(SegmentationPipeline):
             boxes = np.array(sides, np.float32).reshape(-1, 2, 2)
         else:
             # Shares of the network's input, of which the image covers a part.
-            image, covered = np.array((columns.size, rows.size)), prepared.covered[::-1]
-            scale = np.array(prepared.network[::-1]) / np.array(covered) * image
+            scale = np.divide(prepared.network, prepared.covered)[::-1] * (width, height)
             boxes = own[queries[order]].reshape(-1, 2, 2) * scale.astype(np.float32)
             boxes[:, 0] -= boxes[:, 1] / 2
         boxes[:, 1] += boxes[:, 0]
@@ -260,7 +254,7 @@ class PanopticPipeline(SegmentationPipeline):
             labels=labels[order].astype(np.int64),
             mask_probabilities=None,
             mask_threshold=0.5,
-            image_size=(rows.size, columns.size),
+            image_size=(height, width),
             resized_to=prepared.covered,
             classes=self.classes[:-1],
             palette=self.palette[:-1],

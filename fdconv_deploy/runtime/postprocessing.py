@@ -9,8 +9,7 @@ Along one axis a resize is a small matrix with two entries per row (:class:`Taps
 in a row are one with four, and neither intermediate is ever made. :func:`labels_of` walks down the
 result in blocks of rows: 150 classes on a 4K image are 5 GB of logits, of which some tens of
 megabytes exist at a time. Own code, since ``cv2.resize`` (5.0) knows no ``align_corners``, takes
-128 channels at most and, as ONNX Runtime's Resize does, makes all logits at once. Of several views
-of an image, sizes or mirror images, :func:`merged_labels` averages the probabilities.
+128 channels at most and, as ONNX Runtime's Resize does, makes all logits at once.
 
 An instance's small mask is pasted as mmdetection pastes it when testing: the box is divided into
 the mask's cells, whose values lie at their centres and are 0 outside; a pixel's value is
@@ -23,13 +22,15 @@ this is the former. A box without area has an empty mask here; there, it paints 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from fdconv_deploy.runtime.preprocessing import Prepared
 
 Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Logits = npt.NDArray[np.float32]
@@ -146,90 +147,6 @@ class ArrayRows:
         return np.ascontiguousarray(self._logits[:, start:stop].transpose(1, 2, 0))
 
 
-def labels_of(
-    source: LogitRows, rows: Taps, columns: Taps, *, threshold: float | None = None
-) -> Labels:
-    """Resize by ``rows`` and ``columns``, then choose the class of each pixel as `label_map`."""
-    if (source.classes == 1) != (threshold is not None):
-        raise ValueError(f"{source.classes} logits a pixel do not go with threshold={threshold}.")
-    # A sigmoid is above the threshold where its logit is above the threshold's.
-    cut = None if threshold is None else np.float32(logit_of(threshold))
-    labels = empty_labels(rows.size, columns.size, source.classes)
-    for place, logits in resized_tiles(source, rows, columns):
-        labels[place] = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
-    return labels
-
-
-def empty_labels(height: int, width: int, classes: int) -> Labels:
-    """An array for labels of so many classes: uint8, or uint16 above 256."""
-    if classes <= 256:
-        return np.empty((height, width), dtype=np.uint8)
-    return np.empty((height, width), dtype=np.uint16)
-
-
-def logit_of(probability: float) -> float:
-    """The number whose sigmoid is ``probability``, 0 to 1."""
-    if probability in (0, 1):
-        return math.copysign(math.inf, probability - 0.5)
-    return math.log(probability) - math.log1p(-probability)
-
-
-def resize_logits(source: LogitRows, rows: Taps, columns: Taps) -> Logits:
-    """Resize by ``rows`` and ``columns`` to (classes, rows.size, columns.size) float32."""
-    out = np.empty((source.classes, rows.size, columns.size), dtype=np.float32)
-    for (down, across), logits in resized_tiles(source, rows, columns):
-        out[:, down, across] = logits.transpose(2, 0, 1)
-    return out
-
-
-def resized_tiles(
-    source: LogitRows, rows: Taps, columns: Taps, *, step: int | None = None
-) -> Iterator[tuple[tuple[slice, slice], Logits]]:
-    """The resized logits piece by piece, ``step`` rows high: place, (h, w, classes) float32."""
-    if not source.classes:  # as of an answer without objects
-        return
-    # Column tiles are the same in every block of rows, so their matrices are made once.
-    shrinks = max(source.width / max(columns.size, 1), 1 / 8)
-    tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
-    tiles = [(at, min(at + tile, columns.size)) for at in range(0, columns.size, tile)]
-    matrices = [] if columns.identity else [columns.matrix(*tile) for tile in tiles]
-    step = step or rows_at_a_time(source.width, source.classes)
-    for top in range(0, rows.size, step):
-        bottom = min(top + step, rows.size)
-        first, last = rows.span(top, bottom)
-        block = source.rows(first, last)
-        if not rows.identity:
-            flat = block.reshape(len(block), -1)
-            resized = np.empty((bottom - top, flat.shape[1]), np.float32)
-            for upper in range(top, bottom, _TILE):
-                lower = min(upper + _TILE, bottom)
-                low, high = rows.span(upper, lower)
-                _multiply(
-                    rows.matrix(upper, lower),
-                    flat[low - first : high - first],
-                    resized[upper - top : lower - top],
-                )
-            block = resized.reshape(bottom - top, *block.shape[1:])
-        if columns.identity:
-            yield (slice(top, bottom), slice(0, columns.size)), block[:, : columns.size]
-            continue
-        for (left, right), matrix in zip(tiles, matrices, strict=True):
-            low, high = columns.span(left, right)
-            yield (slice(top, bottom), slice(left, right)), np.matmul(matrix, block[:, low:high])
-
-
-def _multiply(left: Logits, right: Logits, out: Logits) -> None:
-    """(m, k) times (k, n) into ``out`` (m, n), on the calling thread: see ``_ALONE``."""
-    step = max(_ALONE // max(left.size, 1), 1)
-    for at in range(0, right.shape[1], step):
-        np.matmul(left, right[:, at : at + step], out=out[:, at : at + step])
-
-
-def rows_at_a_time(width: int, classes: int) -> int:
-    """How many rows of logits, (rows, width, classes), are in memory at a time."""
-    return int(np.clip(_BLOCK_BYTES // (4 * classes * max(width, 1)), 8, 256))
-
-
 class View(NamedTuple):
     """One answer to an image, and how it is resized to the image's size.
 
@@ -241,23 +158,95 @@ class View(NamedTuple):
     columns: Taps
     mirrored: bool = False
 
+    def tiles(self, step: int | None = None) -> Iterator[tuple[tuple[slice, slice], Logits]]:
+        """The resized logits piece by piece, ``step`` rows high: place, (h, w, classes) float32."""
+        source, rows, columns, _ = self
+        if not source.classes:  # as of an answer without objects
+            return
+        # Column tiles are the same in every block of rows, so their matrices are made once.
+        shrinks = max(source.width / max(columns.size, 1), 1 / 8)
+        tile = int(np.clip(math.sqrt(_ALONE / (source.classes * shrinks)) - 4, 4, _TILE))
+        tiles = [(at, min(at + tile, columns.size)) for at in range(0, columns.size, tile)]
+        matrices = [] if columns.identity else [columns.matrix(*tile) for tile in tiles]
+        step = step or rows_at_a_time(source.width, source.classes)
+        for top in range(0, rows.size, step):
+            bottom = min(top + step, rows.size)
+            first, last = rows.span(top, bottom)
+            block = source.rows(first, last)
+            if not rows.identity:
+                flat = block.reshape(len(block), -1)
+                resized = np.empty((bottom - top, flat.shape[1]), np.float32)
+                for upper in range(top, bottom, _TILE):
+                    lower = min(upper + _TILE, bottom)
+                    low, high = rows.span(upper, lower)
+                    _multiply(
+                        rows.matrix(upper, lower),
+                        flat[low - first : high - first],
+                        resized[upper - top : lower - top],
+                    )
+                block = resized.reshape(bottom - top, *block.shape[1:])
+            if columns.identity:
+                yield (slice(top, bottom), slice(0, columns.size)), block[:, : columns.size]
+                continue
+            for (left, right), matrix in zip(tiles, matrices, strict=True):
+                low, high = columns.span(left, right)
+                yield (
+                    (slice(top, bottom), slice(left, right)),
+                    np.matmul(matrix, block[:, low:high]),
+                )
 
-def merged_labels(
-    views: Sequence[View], threshold: float | None = None, *, scores: bool = False
-) -> Labels:
-    """The class of each pixel by the mean of the views' probabilities; else as `label_map`.
 
-    ``scores``: the views, all of one size, give scores that are averaged as they are, not logits.
+def view_of(
+    logits: Logits,
+    prepared: Prepared,
+    size: tuple[int, int] | None = None,
+    *,
+    align_corners: bool,
+) -> View:
+    """A prepared image's logits (classes, h, w) float32, as they are resized.
+
+    They go from the head's resolution to the network's input, of which the part that the image
+    covers goes to ``size`` (H, W), the image's own by default.
     """
-    classes = views[0].logits.classes
-    height, width = views[0].rows.size, views[0].columns.size
-    labels = empty_labels(height, width, classes)
+    maps = []
+    for axis, length in enumerate(size or prepared.image):
+        first = bilinear(
+            logits.shape[axis + 1], prepared.network[axis], align_corners=align_corners
+        )
+        second = bilinear(prepared.covered[axis], length, align_corners=align_corners)
+        if axis == 1 and prepared.mirrored:
+            second = second.mirrored(prepared.covered[1])
+        maps.append(second.after(first))
+    return View(ArrayRows(logits), maps[0], maps[1], prepared.mirrored)
+
+
+def labels_of(*views: View, threshold: float | None = None, scores: bool = False) -> Labels:
+    """The class of every pixel.
+
+    Args:
+        views: of one image. The class of several is told by the mean of their probabilities.
+        threshold: `HeadConfig.label_threshold`: of a head with one output, the probability (0 to
+            1) above which a pixel is of class 1, else of class 0; compared after resizing, as in
+            mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
+        scores: several views give scores that are averaged as they are, not logits.
+
+    Returns:
+        (H, W) uint8, or uint16 above 256 classes; of equals, the lowest class.
+    """
+    source, rows, columns, _ = views[0]
+    classes, height, width = source.classes, rows.size, columns.size
+    if (classes == 1) != (threshold is not None):
+        raise ValueError(f"{classes} logits a pixel do not go with threshold={threshold}.")
+    labels = empty_labels((height, width), classes)
+    if len(views) == 1:
+        # A sigmoid is above the threshold where its logit is above the threshold's.
+        cut = None if threshold is None else np.float32(logit_of(threshold))
+        for place, logits in views[0].tiles():
+            labels[place] = logits.argmax(axis=2) if cut is None else logits[:, :, 0] > cut
+        return labels
     step = rows_at_a_time(width, classes)
     # Every view's pieces of the same rows, one after another.
-    streams = [
-        groupby(resized_tiles(*view[:3], step=step), key=lambda piece: piece[0][0].start)
-        for view in views
-    ]
+    streams = [groupby(view.tiles(step), key=lambda piece: piece[0][0].start) for view in views]
     for pieces in zip(*streams, strict=True):
         top = pieces[0][0]
         total = np.zeros((min(step, height - top), width, classes), dtype=np.float32)
@@ -275,6 +264,38 @@ def merged_labels(
     return labels
 
 
+def logits_of(view: View) -> Logits:
+    """The resized logits, (classes, H, W) float32."""
+    out = np.empty((view.logits.classes, view.rows.size, view.columns.size), dtype=np.float32)
+    for (down, across), logits in view.tiles():
+        out[:, down, across] = logits.transpose(2, 0, 1)
+    return out
+
+
+def empty_labels(shape: tuple[int, ...], classes: int) -> Labels:
+    """An array for labels of so many classes: uint8, or uint16 above 256."""
+    return np.empty(shape, np.uint8) if classes <= 256 else np.empty(shape, np.uint16)
+
+
+def logit_of(probability: float) -> float:
+    """The number whose sigmoid is ``probability``, 0 to 1."""
+    if probability in (0, 1):
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability) - math.log1p(-probability)
+
+
+def rows_at_a_time(width: int, classes: int) -> int:
+    """How many rows of logits, (rows, width, classes), are in memory at a time."""
+    return int(np.clip(_BLOCK_BYTES // (4 * classes * max(width, 1)), 8, 256))
+
+
+def _multiply(left: Logits, right: Logits, out: Logits) -> None:
+    """(m, k) times (k, n) into ``out`` (m, n), on the calling thread: see ``_ALONE``."""
+    step = max(_ALONE // max(left.size, 1), 1)
+    for at in range(0, right.shape[1], step):
+        np.matmul(left, right[:, at : at + step], out=out[:, at : at + step])
+
+
 def sigmoid(x: Logits) -> Logits:
     """Of each number, in float32."""
     with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
@@ -286,65 +307,6 @@ def softmax(x: Logits) -> Logits:
     powers = np.exp(x - x.max(axis=-1, keepdims=True))
     powers /= powers.sum(axis=-1, keepdims=True)
     return powers
-
-
-def label_map(
-    logits: Logits,
-    network: tuple[int, int],
-    covered: tuple[int, int],
-    image: tuple[int, int],
-    *,
-    align_corners: bool,
-    threshold: float | None = None,
-) -> Labels:
-    """The class of every pixel.
-
-    Args:
-        logits: (classes, h, w) float32 at the head's resolution.
-        network: (H, W) of the network's input.
-        covered: (H, W) of the input's top left part that holds the image.
-        image: (H, W) of the answer.
-        threshold: `HeadConfig.label_threshold`: of a head with one output, the probability (0 to
-            1) above which a pixel is of class 1, else of class 0; compared after resizing, as in
-            mmsegmentation 1.2.2's ``BaseSegmentor.postprocess_result``.
-
-    Returns:
-        (H, W) uint8, or uint16 above 256 classes; of equal logits, the lowest class.
-    """
-    maps = resize_maps(logits.shape[1:], network, covered, image, align_corners=align_corners)
-    return labels_of(ArrayRows(logits), *maps, threshold=threshold)
-
-
-def logit_map(
-    logits: Logits,
-    network: tuple[int, int],
-    covered: tuple[int, int],
-    image: tuple[int, int],
-    *,
-    align_corners: bool,
-) -> Logits:
-    """As :func:`label_map`, before the choice: (classes, H, W) float32."""
-    maps = resize_maps(logits.shape[1:], network, covered, image, align_corners=align_corners)
-    return resize_logits(ArrayRows(logits), *maps)
-
-
-def resize_maps(
-    logits: tuple[int, ...],
-    network: tuple[int, int],
-    covered: tuple[int, int],
-    image: tuple[int, int],
-    *,
-    align_corners: bool,
-    mirrored: bool = False,
-) -> tuple[Taps, Taps]:
-    """From the head's (h, w) to the image's size, for both axes; arguments as `label_map`'s.
-
-    ``mirrored``: whether the input held the mirror image, see `Taps.mirrored`.
-    """
-    first = [bilinear(logits[a], network[a], align_corners=align_corners) for a in (0, 1)]
-    rows, columns = (bilinear(covered[a], image[a], align_corners=align_corners) for a in (0, 1))
-    columns = columns.mirrored(covered[1]) if mirrored else columns
-    return rows.after(first[0]), columns.after(first[1])
 
 
 T = TypeVar("T", bound=np.generic)

@@ -46,6 +46,7 @@ class Prepared:
         covered: (H, W) of the input's part that it covers, at the top left.
         image: (H, W) of the image.
         seconds: what preparing it took.
+        mirrored: whether the input holds its mirror image, left for right.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
@@ -54,6 +55,7 @@ class Prepared:
     covered: Size
     image: Size
     seconds: float = 0.0
+    mirrored: bool = False
 
     def timings(self, inference: float, start: float) -> dict[str, float]:
         """Seconds by stage: of preparing, of a run, and since ``start`` by ``perf_counter``."""
@@ -156,13 +158,6 @@ def published_size(height: int, width: int, preprocessing: Preprocessing) -> Siz
     return keep_ratio_size(height, width, preprocessing.scale)
 
 
-def fitting_size(size: Size, network: Size) -> Size:
-    """The largest (H, W) an image of ``size`` can have within ``network``, in its proportions."""
-    factor = min(network[0] / size[0], network[1] / size[1])
-    height, width = scaled_size(size, factor)
-    return min(height, network[0]), min(width, network[1])
-
-
 def best_size(image: Size, sizes: Sequence[Size]) -> Size:
     """Of several input sizes, the one whose proportions are nearest to an image's, all (H, W).
 
@@ -186,8 +181,10 @@ def place(
     holds the mean colour. A detector's, where that is None, at the published size if it fits, else,
     or if the checkpoint records none, as large as fits; zeros fill the rest. All (H, W).
     """
-    inside, published = fitting_size(size, network), published_size(*size, preprocessing)
-    divisor = preprocessing.size_divisor
+    factor = min(network[0] / size[0], network[1] / size[1])
+    height, width = scaled_size(size, factor)
+    inside = min(height, network[0]), min(width, network[1])  # the largest in its proportions
+    published, divisor = published_size(*size, preprocessing), preprocessing.size_divisor
     if fit is None:
         too_large = published[0] > network[0] or published[1] > network[1]
         chosen = inside if too_large or preprocessing.scale is None else published
@@ -199,14 +196,6 @@ def place(
     if network in (inside, published):
         return "resized", network
     return ("stretched", network) if fit == "stretch" else ("letterboxed", inside)
-
-
-def published_input(size: Size, preprocessing: Preprocessing, divisor: int | None = None) -> Size:
-    """The (H, W) of the input that the published pipeline makes of an image (H, W).
-
-    ``divisor`` of its sides: by default the segmentor's.
-    """
-    return padded(published_size(*size, preprocessing), divisor or preprocessing.size_divisor)
 
 
 def prepare_image(
@@ -226,9 +215,6 @@ def prepare_image(
         fit: how a segmentor's image of another aspect ratio is brought to the input's size; None
             for a detector's, which is padded.
         mirrored: left for right, once it is resized.
-
-    Raises:
-        ImageError: ``image`` is not such an array, or ``fit`` is none.
     """
     start = time.perf_counter()
     image = check_image(image, preprocessing)
@@ -240,7 +226,7 @@ def prepare_image(
     resized = resize(image, *covered, preprocessing.resample)
     tensor = normalise(resized[:, ::-1] if mirrored else resized, preprocessing, network)
     seconds = time.perf_counter() - start
-    return Prepared({"images": tensor}, network, done, covered, size, seconds)
+    return Prepared({"images": tensor}, network, done, covered, size, seconds, mirrored)
 
 
 def padded(size: Size, divisor: int) -> Size:

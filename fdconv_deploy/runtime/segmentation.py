@@ -21,18 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fdconv_deploy.config import DetectorConfig, QueryHeadConfig, SegmentorConfig
-from fdconv_deploy.errors import FDConvError, ImageError
+from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.postprocessing import (
-    ArrayRows,
     Labels,
     Logits,
     View,
-    label_map,
     labels_of,
-    merged_labels,
-    resize_maps,
     row_blocks,
+    view_of,
 )
 from fdconv_deploy.runtime.preprocessing import (
     FitDone,
@@ -116,30 +113,23 @@ class Segmentation:
             counts += np.bincount(self.labels[rows].reshape(-1), minlength=len(counts))
         return counts
 
-    def shares(self) -> dict[str, float]:
-        """The share of the image's pixels, 0 to 1, of each class that is in it."""
-        shares = self.areas() / self.labels.size
-        return {n: float(s) for n, s in zip(self.classes, shares, strict=True) if s}
-
     def kept(self, min_score: float) -> Segmentation:
         """Without objects that score less than ``min_score``."""
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: size, mode, and the share of each class."""
+        """For JSON: size, mode, and the share of the pixels of each class that is there."""
         height, width = self.labels.shape
-        shares = {name: round(share, 4) for name, share in self.shares().items()}
-        return {"height": height, "width": width, "mode": self.mode, "classes": shares}
+        shares = zip(self.classes, self.areas() / self.labels.size, strict=True)
+        found = {name: round(float(share), 4) for name, share in shares if share}
+        return {"height": height, "width": width, "mode": self.mode, "classes": found}
 
     def mask_png(self) -> bytes:
         """An indexed PNG whose pixel values are the labels."""
         return mask_png(self.labels, self.palette)
 
     def overlay(self, image: npt.NDArray[Any], opacity: float = 0.5) -> npt.NDArray[np.uint8]:
-        """The image with the classes' colours over it, (H, W, 3) uint8 RGB.
-
-        Of an image that is not RGB, the first three bands or the first alone: see ``as_rgb``.
-        """
+        """The image, as `as_rgb` shows it, with the classes' colours: (H, W, 3) uint8 RGB."""
         return overlay(image, self.labels, self.palette, opacity)
 
 
@@ -159,7 +149,7 @@ class SegmentationPipeline:
         self.preprocessing = segmentor.preprocessing
         self.sizes, self.fit = tuple(sizes), fit
         self.mode: Mode = segmentor.test.mode
-        self.classes, self.palette = class_names(segmentor), class_palette(segmentor)
+        self.classes, self.palette = classes_of(segmentor)
         self._head, self._test = segmentor.decode_head, segmentor.test
 
     def prepare(self, image: npt.NDArray[Any], *, fit: Fit | None = None) -> Prepared:
@@ -183,14 +173,8 @@ class SegmentationPipeline:
             size: (H, W) of the answer; the image's by default.
         """
         start = time.perf_counter()
-        labels = label_map(
-            outputs["logits"],
-            prepared.network,
-            prepared.covered,
-            size or prepared.image,
-            align_corners=self._head.align_corners,
-            threshold=self._head.label_threshold,
-        )
+        view = view_of(outputs["logits"], prepared, size, align_corners=self._head.align_corners)
+        labels = labels_of(view, threshold=self._head.label_threshold)
         timings = prepared.timings(inference_seconds, start)
         return Segmentation(labels, self.classes, self.palette, prepared.fit, "whole", timings)
 
@@ -203,35 +187,31 @@ class SegmentationPipeline:
         scales: MultiScale | None = None,
         any_size: bool = False,
     ) -> Segmentation:
-        """Label an image by sliding a crop of the input's size over it.
+        """Label an image by sliding a crop of the input's size over it, ``batch`` crops a run.
 
-        Args:
-            image: as ``Session.segment`` takes it.
-            run: the network.
-            batch: how many crops to run together.
-            scales: factors of the image's own size; one look at its published size if None.
-            any_size: ``run`` takes inputs of any size, and an image that is smaller than the crop
-                is one, as published; otherwise it is padded to the crop.
-
-        Raises:
-            BundleError: the network records no stride.
+        ``scales`` are factors of the image's own size; it is looked at in its published size alone
+        if None. With ``any_size``, ``run`` takes inputs of any size, and an image that is smaller
+        than the crop is one, as published; otherwise it is padded to the crop. ``BundleError``
+        where the network records no stride.
         """
-        merge, how = _Merge(run), self.preprocessing
+        timed, how = _TimedRun(run), self.preprocessing
         image = check_image(image, how)
         own, crop = (image.shape[0], image.shape[1]), self.sizes[0]
         stride = slide_stride(self._test, crop)
         sizes = [published_size(*own, how)]
         if scales is not None:
             sizes = [_scaled(own, factor) for factor in scales.factors]
+        views: list[View] = []
+        fit: FitDone = "resized"
         for size in sizes:
             resized = resize(image, *size, how.resample)
             within = (min(crop[0], size[0]), min(crop[1], size[1])) if any_size else crop
             for mirrored in scales.mirrored if scales else (False,):
                 pixels = resized[:, ::-1] if mirrored else resized
-                rows = SlidingRows(pixels, how, within, stride, merge.run, self._head, batch)
-                fit: FitDone = "letterboxed" if rows.padded else "resized"
-                merge.add(rows.view(*own, mirrored=mirrored), fit)
-        return self._merged(merge, "slide")
+                rows = SlidingRows(pixels, how, within, stride, timed, self._head, batch)
+                views.append(rows.view(*own, mirrored=mirrored))
+                fit = "letterboxed" if rows.padded else fit
+        return self._merged(views, timed, fit, "slide")
 
     def at_scales(
         self,
@@ -243,16 +223,14 @@ class SegmentationPipeline:
     ) -> Segmentation:
         """Label an image at several sizes, each as one input.
 
-        Args:
-            image: as ``Session.segment`` takes it.
-            scales: factors of ``base`` (height, width); of the image's own size if it is None.
-            run: the network, for inputs of each size.
-            fit: how an image of another aspect ratio is brought to a size.
+        ``scales`` are factors of ``base`` (height, width), of the image's own size if it is None.
         """
-        merge, how = _Merge(run), self.preprocessing
+        timed, how = _TimedRun(run), self.preprocessing
         image = check_image(image, how)
         own = (image.shape[0], image.shape[1])
         published = own if base is None else published_size(*own, how)
+        views: list[View] = []
+        done: FitDone = "resized"
         for factor in scales.factors:
             height, width = _scaled(published, factor)
             scaled = how.model_copy(update={"scale": (width, height), "keep_ratio": False})
@@ -260,81 +238,56 @@ class SegmentationPipeline:
             size = padded(size, how.size_divisor)
             for mirrored in scales.mirrored:
                 prepared = prepare_image(image, scaled, [size], fit or self.fit, mirrored=mirrored)
-                (logits,) = merge.run(prepared.inputs["images"][None])
-                maps = resize_maps(
-                    logits.shape[1:], size, prepared.covered, own,
-                    align_corners=self._head.align_corners, mirrored=mirrored,
-                )  # fmt: skip
-                merge.add(View(ArrayRows(logits), *maps, mirrored), prepared.fit)
-        return self._merged(merge, "whole")
+                (logits,) = timed(prepared.inputs["images"][None])
+                align_corners = self._head.align_corners
+                views.append(view_of(logits, prepared, align_corners=align_corners))
+                done = done if prepared.fit == "resized" else prepared.fit
+        return self._merged(views, timed, done, "whole")
 
-    def _merged(self, merge: _Merge, mode: Mode) -> Segmentation:
-        merge.prepared()
-        threshold = self._head.label_threshold
-        if len(merge.views) == 1:
-            labels = labels_of(*merge.views[0][:3], threshold=threshold)
-        else:
-            # Which framework a network is of shows in the library that resizes its images.
-            detectron2 = self.preprocessing.resample == "pillow"
-            scores = detectron2 and isinstance(self._head, QueryHeadConfig)
-            labels = merged_labels(merge.views, threshold, scores=scores)
-        timings = merge.timings()
-        return Segmentation(labels, self.classes, self.palette, merge.fit, mode, timings)
+    def _merged(self, views: list[View], run: _TimedRun, fit: FitDone, mode: Mode) -> Segmentation:
+        prepared = run.others()
+        # Which framework a network is of shows in the library that resizes its images.
+        detectron2 = self.preprocessing.resample == "pillow"
+        scores = detectron2 and isinstance(self._head, QueryHeadConfig)
+        labels = labels_of(*views, threshold=self._head.label_threshold, scores=scores)
+        timings = {
+            "preprocess": prepared,
+            "inference": run.seconds,
+            "postprocess": run.others() - prepared,
+        }
+        return Segmentation(labels, self.classes, self.palette, fit, mode, timings)
 
-    def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Images of exactly an input's size as the network takes them: (N, C, H, W) float32.
+    def normalise_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Images (N, H, W, C) uint8 of an input's size as the network takes them; else ``batch``.
 
-        Args:
-            batch: (N, H, W, C) uint8, RGB where C is 3; or (N, C, H, W) float32, normalised.
-
-        Raises:
-            ImageError: another shape or type.
+        They are RGB where C is 3, and become (N, C, H, W) float32.
         """
-        bands, (height, width) = self.preprocessing.channels, self.sizes[0]
-        shape: tuple[int, ...] = getattr(batch, "shape", ())
-        kind = getattr(batch, "dtype", type(batch).__name__)
-        if len(shape) == 4 and shape[0] > 0:
-            if kind == np.float32 and shape[1] == bands and shape[2:] in self.sizes:
-                return batch
-            if kind == np.uint8 and shape[3] == bands and shape[1:3] in self.sizes:
-                out = np.empty((len(batch), bands, *shape[1:3]), np.float32)
-                for image, slot in zip(batch, out, strict=True):
-                    normalise(image, self.preprocessing, out=slot)
-                return out
-        raise ImageError(
-            f"This bundle runs batches (N, {height}, {width}, {bands}) uint8"
-            f"{' RGB' * (bands == 3)} or (N, {bands}, {height}, {width}) float32 normalised, "
-            f"N ≥ 1{also(self.sizes)}; found {shape} {kind}. segment() takes an image of any size."
-        )
+        bands, shape = self.preprocessing.channels, batch.shape
+        if batch.dtype != np.uint8 or len(shape) != 4 or shape[3] != bands:
+            return batch
+        if shape[1:3] not in self.sizes:
+            return batch
+        out = np.empty((len(batch), bands, *shape[1:3]), np.float32)
+        for image, slot in zip(batch, out, strict=True):
+            normalise(image, self.preprocessing, out=slot)
+        return out
 
 
-class _Merge:
-    """An image on its way through one or several views, with the time that each stage takes."""
+class _TimedRun:
+    """A network's run, and how many seconds it takes in all."""
 
     def __init__(self, run: Run) -> None:
-        self.views: list[View] = []
-        self.fit: FitDone = "resized"
-        self._run, self._start = run, time.perf_counter()
-        self._preprocess = self._inference = 0.0
+        self._run, self._start, self.seconds = run, time.perf_counter(), 0.0
 
-    def run(self, inputs: Logits) -> Logits:
+    def __call__(self, inputs: Logits) -> Logits:
         start = time.perf_counter()
         logits = self._run(inputs)
-        self._inference += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
         return logits
 
-    def add(self, view: View, fit: FitDone) -> None:
-        self.views.append(view)
-        if fit != "resized":
-            self.fit = fit
-
-    def prepared(self) -> None:
-        self._preprocess = time.perf_counter() - self._start - self._inference
-
-    def timings(self) -> dict[str, float]:
-        before, inference = self._preprocess, self._inference
-        rest = time.perf_counter() - self._start - before - inference
-        return {"preprocess": before, "inference": inference, "postprocess": rest}
+    def others(self) -> float:
+        """The seconds since the beginning that were no run's."""
+        return time.perf_counter() - self._start - self.seconds
 
 
 def _scaled(size: Size, factor: float) -> Size:
@@ -342,46 +295,27 @@ def _scaled(size: Size, factor: float) -> Size:
     return keep_ratio_size(*size, scaled_size(size, factor))
 
 
-def also(sizes: Sequence[Size]) -> str:
-    """The input sizes after the first, as the end of a clause; empty where there are none."""
-    more = listed(sizes[1:], " or ")
-    return more and f", or of {more} pixels"
-
-
 def listed(sizes: Sequence[Size], between: str = ", ") -> str:
     """Sizes as they are given on the command line, height x width."""
     return between.join(f"{height}x{width}" for height, width in sizes)
 
 
-def class_names(config: SegmentorConfig | DetectorConfig) -> tuple[str, ...]:
-    """The name of each label; numbers where the checkpoint gave none.
+def classes_of(
+    config: SegmentorConfig | DetectorConfig,
+) -> tuple[tuple[str, ...], tuple[RGB, ...]]:
+    """The name and the RGB colour of each label; generated where the checkpoint gave none.
 
     Of a head with one output whose checkpoint names one class, that is label 1, and label 0 is
-    called ``background``. Panoptic answers have one label more, of what is in no segment.
+    called "background", and black. Panoptic answers have one label more, black as well, of what is
+    in no segment. A detector's generated colours are never black.
     """
-    labels, void = _labels(config)
+    if isinstance(config, DetectorConfig):
+        labels, panoptic = config.bbox_head.num_classes, False
+        colours = config.palette or default_palette(labels + 1)[1:]
+    else:
+        labels, panoptic = config.decode_head.labels, config.panoptic is not None
+        colours = config.palette or default_palette(labels)
     names = config.classes or tuple(f"class {number}" for number in range(labels))
     names = ("background",) * (labels - len(names)) + names
-    return (*names, VOID) if void else names
-
-
-def class_palette(config: SegmentorConfig | DetectorConfig) -> tuple[RGB, ...]:
-    """The colour of each label; generated where the checkpoint gave none.
-
-    As for names, one colour for two labels is that of label 1, and label 0 is black. A detector's
-    generated ones are never black.
-    """
-    labels, void = _labels(config)
-    generated = default_palette(labels)
-    if isinstance(config, DetectorConfig):
-        generated = default_palette(labels + 1)[1:]
-    colours = config.palette or generated
     colours = (_BLACK,) * (labels - len(colours)) + colours
-    return (*colours, _BLACK) if void else colours
-
-
-def _labels(config: SegmentorConfig | DetectorConfig) -> tuple[int, bool]:
-    """How many labels the network gives, and whether the answer has that of no segment."""
-    if isinstance(config, DetectorConfig):
-        return config.bbox_head.num_classes, False
-    return config.decode_head.labels, config.panoptic is not None
+    return ((*names, VOID), (*colours, _BLACK)) if panoptic else (names, colours)

@@ -33,7 +33,6 @@ from fdconv_deploy.runtime.segmentation import (
     MultiScale,
     Segmentation,
     SegmentationPipeline,
-    also,
     listed,
 )
 
@@ -337,7 +336,7 @@ class Session:
         """
         if self.panoptic:
             raise self._other_kind("give a logit for each class and pixel")
-        images = self.segmentation.normalise_batch(batch)
+        images = self.segmentation.normalise_batch(np.asarray(batch))
         return self.run_batches({"images": images})["logits"]
 
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
@@ -354,21 +353,18 @@ class Session:
         if images is not None and images.ndim == 4 and images.shape[2:] in self.sizes:
             manifest = manifest.at((images.shape[2], images.shape[3]))
         specs = manifest.inputs[self.batch_sizes[0]]
-        counts = {len(value) if value.ndim else 0 for value in feeds.values()}
-        if (
-            set(feeds) != {spec.name for spec in specs}
-            or len(counts) != 1
-            or 0 in counts
-            or any(
-                feeds[s.name].shape[1:] != s.shape[1:] or feeds[s.name].dtype != s.dtype
-                for s in specs
-            )
-        ):
-            wanted = [f"{s.name} {('N', *s.shape[1:])} {s.dtype}".replace("'", "") for s in specs]
+        wanted: dict[str, Any] = {s.name: (s.shape[1:], s.dtype) for s in specs}
+        given = {name: (value.shape[1:], value.dtype) for name, value in feeds.items()}
+        counts = {value.shape[:1] for value in feeds.values()}
+        if given != wanted or len(counts) != 1 or counts & {(), (0,)}:
+            takes = [f"{s.name} {('N', *s.shape[1:])} {s.dtype}".replace("'", "") for s in specs]
             found = [f"{name} {value.shape} {value.dtype}" for name, value in feeds.items()]
+            more = listed(self.sizes[1:], " or ")
             raise ImageError(
-                f"This bundle runs {' and '.join(wanted)}, with one N ≥ 1{also(self.sizes)}; found "
-                f"{' and '.join(found)}. segment() and detect() take an image of any size."
+                f"This bundle runs {' and '.join(takes)}, with one N ≥ 1"
+                f"{more and f', or of {more} pixels'}; found "
+                f"{' and '.join(found)}. segment() and detect() take an image of any size, and "
+                "run() images (N, H, W, C) uint8, too."
             )
         return self.runner.run_batches(feeds)
 

@@ -10,6 +10,7 @@ image's width but not with its height.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from fdconv_deploy.runtime.postprocessing import (
     Taps,
     View,
     bilinear,
-    resized_tiles,
 )
 from fdconv_deploy.runtime.preprocessing import Pixels, normalise
 
@@ -75,46 +75,37 @@ def slide_stride(test: TestMode, crop: tuple[int, int]) -> tuple[int, int]:
     return test.stride
 
 
+@dataclass(eq=False)
 class SlidingRows:
     """The averaged logits of a slid crop, row by row (a ``LogitRows``).
 
-    Args:
-        image: (H, W, C), already resized as published.
-        preprocessing: how its pixels become an input.
-        crop: (H, W) of the input. A smaller image is padded to it with the mean colour, at the
-            bottom and right.
-        stride: (vertical, horizontal) pixels from one window to the next.
-        run: the network, called with at most ``batch`` crops.
-        head: the network's.
-        batch: the most windows to run together.
+    ``image`` (H, W, C) is already resized as published. One smaller than ``crop``, (H, W) of the
+    input, is padded to it with the mean colour, at the bottom and right. ``stride`` is (vertical,
+    horizontal) pixels from one window to the next; ``run`` is called with at most ``batch`` crops.
     """
 
-    def __init__(
-        self,
-        image: Pixels,
-        preprocessing: Preprocessing,
-        crop: tuple[int, int],
-        stride: tuple[int, int],
-        run: Run,
-        head: HeadConfig,
-        batch: int,
-    ) -> None:
-        self.height, self.width = image.shape[:2]
-        self.classes = head.outputs
-        self._image, self._preprocessing = image, preprocessing
-        self._crop, self._run, self._batch = crop, run, batch
-        self._align = head.align_corners
-        self._windows = windows_of((self.height, self.width), crop, stride)
+    image: Pixels
+    preprocessing: Preprocessing
+    crop: tuple[int, int]
+    stride: tuple[int, int]
+    run: Run
+    head: HeadConfig
+    batch: int
+
+    def __post_init__(self) -> None:
+        """Lay the windows over the image."""
+        self.height, self.width = self.image.shape[:2]
+        self.classes = self.head.outputs
+        self._windows = windows_of((self.height, self.width), self.crop, self.stride)
         self._next = 0  # the first window not yet run
         self._answers: dict[int, Logits] = {}
         # How many windows cover a pixel: windows form a grid, so it is a product.
-        self._down = _cover(self.height, crop[0], stride[0])
-        self._across = _cover(self.width, crop[1], stride[1])
+        self._down, self._across = map(_cover, self.image.shape[:2], self.crop, self.stride)
 
     @property
     def padded(self) -> bool:
         """Whether the image is smaller than the crop, and so was padded."""
-        return self.height < self._crop[0] or self.width < self._crop[1]
+        return self.height < self.crop[0] or self.width < self.crop[1]
 
     def rows(self, start: int, stop: int) -> Logits:
         """Rows ``start`` to ``stop``, as (rows, width, classes) float32."""
@@ -135,29 +126,29 @@ class SlidingRows:
 
     def _answer(self, number: int) -> Logits:
         while number not in self._answers:
-            chunk = self._windows[self._next : self._next + self._batch]
-            inputs = np.empty((len(chunk), self._image.shape[2], *self._crop), dtype=np.float32)
+            chunk = self._windows[self._next : self._next + self.batch]
+            inputs = np.empty((len(chunk), self.image.shape[2], *self.crop), dtype=np.float32)
             for window, out in zip(chunk, inputs, strict=True):
-                pixels = self._image[window.top : window.bottom, window.left : window.right]
-                normalise(pixels, self._preprocessing, self._crop, out)
-            for answer in self._run(inputs):
+                pixels = self.image[window.top : window.bottom, window.left : window.right]
+                normalise(pixels, self.preprocessing, self.crop, out)
+            for answer in self.run(inputs):
                 self._answers[self._next] = answer.copy()  # not a view of the whole batch
                 self._next += 1
         return self._answers[number]
 
     def _add(self, part: Logits, logits: Logits, start: int, stop: int) -> None:
         """Add rows ``start`` to ``stop`` of one window's logits, resized to the crop."""
-        rows = bilinear(logits.shape[1], self._crop[0], align_corners=self._align)
-        columns = bilinear(logits.shape[2], self._crop[1], align_corners=self._align)
+        rows = bilinear(logits.shape[1], self.crop[0], align_corners=self.head.align_corners)
+        columns = bilinear(logits.shape[2], self.crop[1], align_corners=self.head.align_corners)
         wanted = Taps(rows.index[start:stop], rows.weight[start:stop])
         kept = Taps(columns.index[: part.shape[1]], columns.weight[: part.shape[1]])
-        for place, piece in resized_tiles(ArrayRows(logits), wanted, kept):
+        for place, piece in View(ArrayRows(logits), wanted, kept).tiles():
             part[place] += piece
 
     def view(self, height: int, width: int, *, mirrored: bool = False) -> View:
-        """The averaged logits, resized to an image's size; ``mirrored`` as `resize_maps` has it."""
-        rows = bilinear(self.height, height, align_corners=self._align)
-        columns = bilinear(self.width, width, align_corners=self._align)
+        """The averaged logits, resized to an image's size; ``mirrored`` as `View` has it."""
+        rows = bilinear(self.height, height, align_corners=self.head.align_corners)
+        columns = bilinear(self.width, width, align_corners=self.head.align_corners)
         return View(self, rows, columns.mirrored(self.width) if mirrored else columns, mirrored)
 
 

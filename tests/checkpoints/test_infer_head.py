@@ -19,7 +19,7 @@ from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.config import DecodeHeadConfig, HeadType, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
-from fdconv_deploy.runtime.segmentation import class_names, class_palette
+from fdconv_deploy.runtime.segmentation import classes_of
 from tests.checkpoints.small import (
     dynamic_state,
     head_config,
@@ -301,8 +301,9 @@ def test_head_with_one_output_is_understood(
     head = architecture.decode_head
     assert (head.num_classes, head.label_threshold) == expected
     assert (head.outputs, head.labels) == (1, 2)
-    assert class_names(architecture) == ("background", "road")
-    assert class_palette(architecture)[1] == (7, 8, 9)
+    names, colours = classes_of(architecture)
+    assert names == ("background", "road")
+    assert colours[1] == (7, 8, 9)
 
 
 def test_head_threshold_is_mmsegmentations_by_default() -> None:

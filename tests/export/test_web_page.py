@@ -26,8 +26,8 @@ from fdconv_deploy.demo import held_out, packaged_checkpoint
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export import export_checkpoint, export_web
 from fdconv_deploy.runtime import open_session, read_image
-from fdconv_deploy.runtime.postprocessing import logit_map, resize_maps
-from fdconv_deploy.runtime.preprocessing import normalise, place, resize
+from fdconv_deploy.runtime.postprocessing import logits_of, view_of
+from fdconv_deploy.runtime.preprocessing import Prepared, normalise, place, resize
 from tests.runtime import toy, toy_detector
 from tests.test_cli import fdconv
 
@@ -209,7 +209,8 @@ class TestArithmetic:
             logits=logits.reshape(-1).tolist(), classes=classes, network=network,
             covered=covered, image=image,
         )  # fmt: skip
-        rows, columns = resize_maps((12, 16), (48, 64), covered, image, align_corners=align)
+        prepared = Prepared({}, (48, 64), "resized", covered, image)
+        _, rows, columns, _ = view_of(logits, prepared, align_corners=align)
         low, high = (taps.matrix(0, taps.size).astype(float) for taps in (rows, columns))
         spans = rows.span(0, rows.size), columns.span(0, columns.size)
         part = logits[:, slice(*spans[0]), slice(*spans[1])].astype(float)
@@ -289,7 +290,7 @@ def near_ties_alone(session, image: np.ndarray, found: np.ndarray) -> int:
     assert found.shape == right.shape
     prepared = session.segmentation.prepare(image)
     logits = session.run(prepared.inputs["images"][None])[0]
-    full = logit_map(logits, SIZE, prepared.covered, right.shape, align_corners=False)
+    full = logits_of(view_of(logits, prepared, align_corners=False))
     two = np.sort(full, axis=0)[-2:]
     other = found != right
     assert (two[1] - two[0])[other].max(initial=0) <= 1e-4 * np.abs(full).max()

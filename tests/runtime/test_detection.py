@@ -117,6 +117,10 @@ class TestRefusals:
         with pytest.raises(ImageError, match="uint8"):
             detector.detect(np.zeros((4, 4), np.uint8))
 
+    def test_images_are_not_stretched(self, detector: Session) -> None:
+        with pytest.raises(ImageError, match="are padded"):
+            detector.detection.prepare(picture(), fit="stretch")
+
     @pytest.mark.parametrize(
         ("images", "sizes", "said"),
         [

@@ -20,7 +20,7 @@ from fdconv_deploy.errors import BundleError, FDConvError
 from fdconv_deploy.evaluation.targets import bundle_target, torch_target
 from fdconv_deploy.export import export_network
 from fdconv_deploy.runtime import Session, open_session
-from fdconv_deploy.runtime.postprocessing import ArrayRows, View, bilinear, merged_labels
+from fdconv_deploy.runtime.postprocessing import ArrayRows, View, bilinear, labels_of
 from fdconv_deploy.runtime.preprocessing import prepare_image
 from fdconv_deploy.runtime.segmentation import MultiScale, SegmentationPipeline
 from tests.runtime import toy, toy_panoptic
@@ -154,8 +154,8 @@ def test_scores_are_averaged_as_they_are() -> None:
         View(ArrayRows(np.array(scores, np.float32)[:, None, None]), same, same, mirrored=False)
         for scores in ([9.0, 0.0], [0.0, 4.0], [0.0, 4.0])
     ]
-    assert merged_labels(views, scores=True) == 0
-    assert merged_labels(views) == 1
+    assert labels_of(*views, scores=True) == 0
+    assert labels_of(*views) == 1
 
 
 def test_a_missing_graph_is_named(tmp_path: Path) -> None:

@@ -16,12 +16,18 @@ from safetensors.numpy import load_file
 from fdconv_deploy.runtime.postprocessing import (
     ArrayRows,
     Taps,
+    View,
     bilinear,
-    label_map,
     labels_of,
-    logit_map,
-    resize_logits,
+    logits_of,
+    view_of,
 )
+from fdconv_deploy.runtime.preprocessing import Prepared
+
+
+def seen(logits, network, covered, image, align: bool = False) -> View:
+    prepared = Prepared({}, network, "resized", covered, image)
+    return view_of(logits, prepared, align_corners=align)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +38,16 @@ def reference(oracle: Path) -> dict[str, np.ndarray]:
 def test_published_logits_and_labels(reference) -> None:
     head = reference["decode_logits_quarter"][0]
     sizes = ((125, 157), (125, 157), (125, 157))
-    found = logit_map(head, *sizes, align_corners=False)
+    found = logits_of(seen(head, *sizes))
     expected = reference["logits"][0]
     assert np.abs(found - expected).max() <= 3e-7 * np.abs(expected).max()
-    assert np.array_equal(label_map(head, *sizes, align_corners=False), reference["argmax"])
+    assert np.array_equal(labels_of(seen(head, *sizes)), reference["argmax"])
 
 
 def test_published_labels_at_the_images_own_size(reference) -> None:
     logits = reference["pipeline.logits_ori_shape"]
     sizes = ((90, 123), (90, 123), (90, 123))
-    found = label_map(logits, *sizes, align_corners=False)
+    found = labels_of(seen(logits, *sizes))
     assert np.array_equal(found, reference["pipeline.argmax"])
 
 
@@ -59,9 +65,10 @@ def test_is_what_mmsegmentation_does_in_two_steps(head, network, image, align, d
 
     middle = step(torch.from_numpy(logits)[None], network)[:, :, : covered[0], : covered[1]]
     expected = step(middle, image)[0].numpy()
-    found = logit_map(logits, network, covered, image, align_corners=align)
+    view = seen(logits, network, covered, image, align)
+    found = logits_of(view)
     assert np.abs(found - expected).max() <= 2e-6
-    labels = label_map(logits, network, covered, image, align_corners=align)
+    labels = labels_of(view)
     chosen = np.take_along_axis(expected, labels[None].astype(int), axis=0)[0]
     assert (chosen >= expected.max(axis=0) - 4e-6).all()
 
@@ -71,8 +78,8 @@ def test_one_logit_is_class_1_above_the_threshold(threshold: float) -> None:
     torch = pytest.importorskip("torch")
     logits = np.random.default_rng(0).normal(0, 2, (1, 9, 13)).astype(np.float32)
     sizes = ((17, 21), (15, 20), (33, 29))
-    found = label_map(logits, *sizes, align_corners=False, threshold=threshold)
-    score = torch.from_numpy(logit_map(logits, *sizes, align_corners=False)[0]).sigmoid()
+    found = labels_of(seen(logits, *sizes), threshold=threshold)
+    score = torch.from_numpy(logits_of(seen(logits, *sizes))[0]).sigmoid()
     # As mmsegmentation's postprocess_result has it.
     assert np.array_equal(found, (score > threshold).numpy())
     assert found.dtype == np.uint8
@@ -82,9 +89,9 @@ def test_one_logit_without_a_threshold_is_refused() -> None:
     one, two = np.zeros((1, 2, 2), np.float32), np.zeros((2, 2, 2), np.float32)
     sizes = ((2, 2),) * 3
     with pytest.raises(ValueError, match="threshold=None"):
-        label_map(one, *sizes, align_corners=False)
+        labels_of(seen(one, *sizes))
     with pytest.raises(ValueError, match=r"threshold=0\.3"):
-        label_map(two, *sizes, align_corners=False, threshold=0.3)
+        labels_of(seen(two, *sizes), threshold=0.3)
 
 
 SIZE = st.integers(1, 70)
@@ -107,7 +114,7 @@ def exact(n_in: int, n_out: int, align: bool) -> np.ndarray:
 def resized(logits: np.ndarray, height: int, width: int, align: bool) -> np.ndarray:
     rows = bilinear(logits.shape[1], height, align_corners=align)
     columns = bilinear(logits.shape[2], width, align_corners=align)
-    return resize_logits(ArrayRows(logits), rows, columns)
+    return logits_of(View(ArrayRows(logits), rows, columns))
 
 
 @given(SIZE, SIZE, SIZE, SIZE, st.booleans(), st.integers(1, 9), st.integers(0, 99))
@@ -164,10 +171,10 @@ def test_identity_is_recognised_and_exact() -> None:
     assert taps.identity
     assert not bilinear(9, 10, align_corners=False).identity
     logits = np.random.default_rng(0).normal(size=(3, 9, 9)).astype(np.float32)
-    assert np.array_equal(resize_logits(ArrayRows(logits), taps, taps), logits)
+    assert np.array_equal(logits_of(View(ArrayRows(logits), taps, taps)), logits)
     cut = bilinear(5, 5, align_corners=False).after(taps)
     assert cut.identity
-    assert np.array_equal(resize_logits(ArrayRows(logits), cut, cut), logits[:, :5, :5])
+    assert np.array_equal(logits_of(View(ArrayRows(logits), cut, cut)), logits[:, :5, :5])
 
 
 @settings(max_examples=30, deadline=None)
@@ -176,24 +183,24 @@ def test_labels_are_the_argmax_of_the_resized_logits(h, w, out_h, out_w, classes
     logits = np.random.default_rng(h * w).normal(size=(classes, h, w)).astype(np.float32)
     rows = bilinear(h, out_h, align_corners=False)
     columns = bilinear(w, out_w, align_corners=False)
-    found = labels_of(ArrayRows(logits), rows, columns)
+    found = labels_of(View(ArrayRows(logits), rows, columns))
     assert found.dtype == (np.uint16 if classes > 256 else np.uint8)
-    assert np.array_equal(found, resize_logits(ArrayRows(logits), rows, columns).argmax(axis=0))
+    assert np.array_equal(found, logits_of(View(ArrayRows(logits), rows, columns)).argmax(axis=0))
 
 
 def test_ties_go_to_the_lowest_class() -> None:
     taps = bilinear(4, 40, align_corners=False)
-    assert (labels_of(ArrayRows(np.ones((6, 4, 4), np.float32)), taps, taps) == 0).all()
+    assert (labels_of(View(ArrayRows(np.ones((6, 4, 4), np.float32)), taps, taps)) == 0).all()
     logits = np.zeros((6, 4, 4), np.float32)
     logits[[2, 4]] = 1
-    assert (labels_of(ArrayRows(logits), taps, taps) == 2).all()
+    assert (labels_of(View(ArrayRows(logits), taps, taps)) == 2).all()
 
 
 def test_150_classes_on_4k_take_little_memory() -> None:
     logits = np.random.default_rng(0).normal(size=(150, 64, 64)).astype(np.float32)
     rows, columns = (bilinear(64, n, align_corners=False) for n in (2160, 3840))
     tracemalloc.start()
-    found = labels_of(ArrayRows(logits), rows, columns)
+    found = labels_of(View(ArrayRows(logits), rows, columns))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.shape == (2160, 3840)
@@ -218,7 +225,8 @@ def test_no_other_thread_works_on_an_answer() -> None:
 
     import numpy as np
 
-    from fdconv_deploy.runtime.postprocessing import label_map, paste
+    from fdconv_deploy.runtime.postprocessing import labels_of, paste, view_of
+    from fdconv_deploy.runtime.preprocessing import Prepared
 
     def others():
         own = str(threading.get_native_id())
@@ -232,7 +240,8 @@ def test_no_other_thread_works_on_an_answer() -> None:
     for classes in (5, 150):
         logits = random.normal(size=(classes, 64, 96)).astype(np.float32)
         for image in ((512, 768), (50, 70), (1000, 60)):
-            label_map(logits, (256, 384), (256, 384), image, align_corners=False)
+            prepared = Prepared({}, (256, 384), "resized", (256, 384), image)
+            labels_of(view_of(logits, prepared, align_corners=False))
     box = np.array([5, 5, 700, 500], np.float32)
     paste(random.random((28, 28)).astype(np.float32), box, (512, 768), 0.5)
     assert others() == before

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.runtime import Bundle, read_image
-from fdconv_deploy.runtime.postprocessing import logit_map
+from fdconv_deploy.runtime.postprocessing import logits_of, view_of
+from fdconv_deploy.runtime.preprocessing import Prepared
 from tests.runtime import toy
 from tests.runtime.test_session import FakeBackend
 
@@ -35,8 +36,8 @@ def test_keep_ratio_resize_network_and_back(oracle: Path, tmp_path: Path) -> Non
     found = session.segment(read_image(folder / "B_pipeline_image.png"))
 
     expected = reference["pipeline.logits_ori_shape"]
-    sizes = ((128, 175), (128, 175), (90, 123))
-    logits = logit_map(seen[0][0], *sizes, align_corners=False)
+    prepared = Prepared({}, (128, 175), "resized", (128, 175), (90, 123))
+    logits = logits_of(view_of(seen[0][0], prepared, align_corners=False))
     assert found.fit == "resized"
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
     # The index allows for near-ties: pixels whose two best classes are within float noise.

@@ -21,7 +21,7 @@ from fdconv_deploy.runtime import Bundle, Session, open_session, read_image
 from fdconv_deploy.runtime import backends as backends_module
 from fdconv_deploy.runtime.backends import onnxruntime as ort_module
 from fdconv_deploy.runtime.bundle import sha256_of
-from fdconv_deploy.runtime.postprocessing import logit_map
+from fdconv_deploy.runtime.postprocessing import logits_of, view_of
 from fdconv_deploy.runtime.preprocessing import normalise
 from tests.runtime import toy
 from tests.runtime.test_bundle import edit, relist
@@ -288,7 +288,7 @@ class TestSegment:
             prepared = session.segmentation.prepare(image)
             logits = session.run(prepared.inputs["images"][None])[0]
         assert found.classes == ("background", "class 0")
-        expected = logit_map(logits, (32, 48), (32, 48), image.shape[:2], align_corners=False)
+        expected = logits_of(view_of(logits, prepared, align_corners=False))
         assert np.array_equal(found.labels, expected[0] > np.log(0.3 / 0.7))
 
     def test_names_and_colours_where_there_are_none(self, tmp_path: Path, image) -> None:

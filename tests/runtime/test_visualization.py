@@ -82,7 +82,7 @@ def test_class_areas() -> None:
     labels = np.array([[0, 2], [2, 2]], np.uint8)
     found = Segmentation(labels, ("a", "b", "c", "d"), default_palette(4), "resized", "whole", {})
     assert found.areas().tolist() == [1, 0, 3, 0]
-    assert found.shares() == {"a": 0.25, "c": 0.75}
+    assert found.as_dict()["classes"] == {"a": 0.25, "c": 0.75}
 
 
 def test_encode_jpeg_quality() -> None:
