@@ -98,7 +98,7 @@ def _answer(session: Session) -> None:
     from PIL import Image
 
     from fdconv_deploy.runtime.input_files import Source
-    from fdconv_deploy.runtime.result_files import segment_files
+    from fdconv_deploy.runtime.result_files import Failure, segment_files
 
     assert session.bundle.digest
     assert all((session.choice, session.operators, session.runner.ways))
@@ -114,6 +114,8 @@ def _answer(session: Session) -> None:
         image = Path(folder) / "image.png"
         Image.fromarray(picture).save(image)
         for result in segment_files(session, [Source(image, Path("a"))], Path(folder) / "out"):
+            if isinstance(result, Failure):
+                raise result.error
             json.dumps(result.record)
             result.line.encode()
 

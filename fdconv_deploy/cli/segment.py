@@ -118,7 +118,7 @@ def segment(
     from fdconv_deploy.runtime.detection import SHOWN_SCORE
     from fdconv_deploy.runtime.input_files import sources_at
     from fdconv_deploy.runtime.ray_data import RaySegmentation, is_url, local_path
-    from fdconv_deploy.runtime.result_files import ResultOptions, segment_files
+    from fdconv_deploy.runtime.result_files import Failure, ResultOptions, segment_files
 
     scales = parse_scales(multi_scale, flip)
     for text in (*inputs, output) if ray is None else ():
@@ -143,11 +143,12 @@ def segment(
     console, out = Console(stderr=True), sys.stdout
     frame = console.status("", spinner="dots")
 
-    def fail(path: PurePath, error: ImageError) -> None:
-        message = error.command_line or str(error)
+    def fail(failure: Failure) -> None:
+        message = failure.error.command_line or str(failure.error)
         failed.append(message)
         if as_json:
-            print(json.dumps({"image": str(path), "error": message}), file=out, flush=True)
+            told = {"image": str(failure.path), "error": message}
+            print(json.dumps(told), file=out, flush=True)
         console.print(f"[yellow]Skipped:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
     def show(path: PurePath, frames: int, expected: int | None) -> None:
@@ -169,9 +170,9 @@ def segment(
             )
         if not session.detects and min_score is not None:
             raise typer.BadParameter("--min-score is for detectors; this is a segmentor.")
-        results: Iterator[Result]
+        results: Iterator[Result | Failure]
         if on_ray and ray:
-            results = on_ray.run(ray, backend, options, ray_cpus, skipped.append, fail)
+            results = on_ray.run(ray, backend, options, ray_cpus, skipped.append)
         else:
             results = segment_files(
                 session,
@@ -179,13 +180,15 @@ def segment(
                 local_path(output),
                 options,
                 skipped=skipped.append,
-                failed=fail,
                 progress=show,
             )
-        result: Result | None = None
+        last: Result | None = None
         for result in results:
             frame.stop()
-            done += 1
+            if isinstance(result, Failure):
+                fail(result)
+                continue
+            last, done = result, done + 1
             if as_json:
                 how = {**how_it_ran(result), **(scales.as_dict() if scales else {})}
                 print(json.dumps({**result.record, **how}), file=out, flush=True)
@@ -195,8 +198,8 @@ def segment(
         if not (as_json or quiet):
             seconds = time.perf_counter() - start
             print(_summary(done, len(skipped), len(failed), seconds, place), file=out)
-            if result:
-                print(ran_by(result), file=out)
+            if last:
+                print(ran_by(last), file=out)
     if failed:
         raise ImageError(
             f"{len(failed)} of {len(sources)} files could not be segmented; the first: {failed[0]}"

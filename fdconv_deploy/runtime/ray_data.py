@@ -36,7 +36,7 @@ from fdconv_deploy.runtime.input_files import (
     sources_below,
 )
 from fdconv_deploy.runtime.result_files import (
-    Failed,
+    Failure,
     Result,
     ResultFolder,
     ResultOptions,
@@ -168,8 +168,7 @@ class RaySegmentation:
     """
 
     def __init__(self, bundle: Path, inputs: Sequence[str], output: str) -> None:
-        self._bundle = Bundle.open(bundle.absolute())
-        self.session = Session(self._bundle, cast(Runner, None))
+        self.session = Session(Bundle.open(bundle.absolute()), cast(Runner, None))
         self._stores = [text for text in inputs if is_url(text)]
         self._output, self._results = output, _folder_at(output)
         self.folder = self._results.root
@@ -206,24 +205,13 @@ class RaySegmentation:
         options: ResultOptions,
         cpus: int | None,
         skipped: Callable[[PurePath], None],
-        failed: Failed,
-    ) -> Iterator[Result]:
+    ) -> Iterator[Result | Failure]:
         """Answer the images and write their results, in whatever order workers are done.
 
-        As `segment_files`, but that videos fail.
-
-        Args:
-            address: as `join_ray`'s.
-            backend: as `open_session`; workers of a cluster with GPUs have one each, unless it is
-                a CPU's.
-            options: as `segment_files`.
-            cpus: of each worker, and threads of its session; by default 4, or what the largest
-                machine has.
-            skipped: as `segment_files`.
-            failed: as `segment_files`.
-
-        Raises:
-            FDConvError: also where Ray cannot be joined, or ended the run.
+        As `segment_files`, but that videos fail; ``FDConvError`` also where Ray cannot be joined,
+        as `join_ray` says of ``address``, or ended the run. Workers of a cluster with GPUs have one
+        each, unless ``backend`` is a CPU's. ``cpus`` are each worker's, and threads of its session;
+        by default 4, or what the largest machine has.
         """
         results = self._results
         size_of = results.sizes().get if isinstance(results, Store) else results.size_of
@@ -232,7 +220,7 @@ class RaySegmentation:
         for source in [source for source in places if source.is_video]:
             del places[source]
             error = ImageError(f"{source.path} is a video. Segment videos without --ray.")
-            failed(source.path, error)
+            yield Failure(source.path, error)
         if not places:
             return
         join_ray(address, include_dashboard=False, object_store_memory=_STORE_BYTES)
@@ -242,46 +230,33 @@ class RaySegmentation:
         try:
             for path, data in legends.items():
                 results.write(path, data)
-            yield from self._rows(ray, backend, options, cpus, list(places.items()), failed)
+            alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+            largest = max((resources.get("CPU", 0) for resources in alive), default=0)
+            cpus = cpus or int(min(4, largest or 4))
+            on_cpu = backend.startswith(("onnxruntime-cpu", "openvino"))
+            on_gpu = not on_cpu and ray.cluster_resources().get("GPU", 0) > 0
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = context.print_on_execution_start = False
+            batch = self.session.batch_sizes[-1]
+            rows = batch * -(-_TASK_IMAGES // batch)
+            bundle = str(self.session.bundle.path)
+            answers = ray.data.from_items(
+                [{"work": one} for one in places.items()],
+                override_num_blocks=-(-len(places) // rows),
+            ).map_batches(
+                _Worker,
+                fn_constructor_args=(bundle, backend, options, cpus, self._stores, self._output),
+                batch_size=rows,
+                num_cpus=None if on_gpu else cpus,
+                num_gpus=1 if on_gpu else None,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=None),
+            )
+            for row in answers.iter_rows():
+                if isinstance(row["answer"], Exception):
+                    raise row["answer"]
+                yield row["answer"]
         finally:
             ray.shutdown()
-
-    def _rows(
-        self,
-        ray: Any,
-        backend: str,
-        options: ResultOptions,
-        cpus: int | None,
-        work: list[tuple[Source, dict[str, PurePath]]],
-        failed: Failed,
-    ) -> Iterator[Result]:
-        largest = max((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
-        cpus = cpus or int(min(4, largest or 4))
-        on_cpu = backend.startswith(("onnxruntime-cpu", "openvino"))
-        on_gpu = not on_cpu and ray.cluster_resources().get("GPU", 0) > 0
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        batch = self.session.batch_sizes[-1]
-        rows = batch * -(-_TASK_IMAGES // batch)
-        arguments = (str(self._bundle.path), backend, options, cpus, self._stores, self._output)
-        answers = ray.data.from_items(
-            [{"work": one} for one in work], override_num_blocks=-(-len(work) // rows)
-        ).map_batches(
-            _Worker,
-            fn_constructor_args=arguments,
-            batch_size=rows,
-            num_cpus=None if on_gpu else cpus,
-            num_gpus=1 if on_gpu else None,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=None),
-        )
-        for row in answers.iter_rows():
-            answer = row["answer"]
-            if isinstance(answer, Result):
-                yield answer
-            elif isinstance(answer, tuple):
-                failed(*answer)
-            else:
-                raise answer
 
 
 @dataclass(eq=False)
@@ -333,17 +308,16 @@ class _Worker:
             name = f"The image {source.path}"
             return session.read_image(ImageFile(data, name, data[:32]))
 
-        failed: list[tuple[PurePath, ImageError]] = []
-        results = image_results(
-            session, images, self.options, lambda *pair: failed.append(pair), read
-        )
-        for result, contents in results:
+        for answer in image_results(session, images, self.options, read):
+            if isinstance(answer, Failure):
+                yield answer
+                continue
+            result, contents = answer
             # A task is done again when its worker dies: what it has written stays.
             if self.options.overwrite or not all(map(folder.size_of, result.places.values())):
                 for path, data in contents:
                     folder.write(path, data)
             yield result
-        yield from failed
 
 
 def join_ray(address: str, **local: Any) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from fdconv_deploy.runtime.session import Session
 from fdconv_deploy.runtime.visualization import encode, legend
 
 Picture = npt.NDArray[Any]
-Failed = Callable[[PurePath, ImageError], None]
 # A video, the number of frames answered, and the number its container announces, if any.
 Progress = Callable[[PurePath, int, int | None], None]
 _FRAME_MASK = re.compile(r"\d{6,}\.png")
@@ -107,16 +107,20 @@ class Result:
         return f"{written[-1]}: {', '.join(found) or 'nothing'} ({told['fit']}, {spent})"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A file that cannot be decoded, and why."""
+
+    path: PurePath
+    error: ImageError
+
+
 # A result, and its files' paths and contents.
 Written = tuple[Result, Iterator[tuple[PurePath, bytes]]]
 
 
 class ResultFolder:
-    """A local folder for results, made as they are written.
-
-    Attributes:
-        root: its path.
-    """
+    """A local folder for results, ``root``, made as they are written."""
 
     def __init__(self, root: Path) -> None:
         self.root: PurePath = root
@@ -145,9 +149,8 @@ def segment_files(
     options: ResultOptions | None = None,
     *,
     skipped: Callable[[PurePath], None] | None = None,
-    failed: Failed | None = None,
     progress: Progress | None = None,
-) -> Iterator[Result]:
+) -> Iterator[Result | Failure]:
     """Run inference on images, then on videos, and write each one's results as it is done.
 
     Of an image, a segmentor's mask ``NAME.png`` and ``NAME_overlay.png``; or a detector's
@@ -163,66 +166,47 @@ def segment_files(
         folder: where results go; made if it does not exist.
         options: which results, and how.
         skipped: called with each file skipped for its results, before the first result.
-        failed: called with a file that cannot be decoded, instead of ending the rest.
         progress: called after each frame of a video.
 
     Raises:
-        ImageError: a file cannot be decoded, or two would be written to one name; before
-            anything is written, also if a result exists already.
+        ImageError: before anything is written, two files' results would be written to one name, or
+            a result exists already.
     """
     options, to = options or ResultOptions(), ResultFolder(folder)
     places = places_of(session, sources, folder, options, skipped, to.size_of)
     legends = legends_of(session, to, options.overwrite)
-
-    def write_legends() -> None:
-        for path in [*legends]:
-            to.write(path, legends.pop(path))
-
     images = {source: places[source] for source in places if not source.is_video}
-    for result, contents in image_results(session, images, options, failed):
-        write_legends()
-        for path, data in contents:
+    videos = (
+        _segment_video(session, source.path, places[source], options, progress)
+        for source in places
+        if source.is_video
+    )
+    for answer in chain(image_results(session, images, options), videos):
+        if not isinstance(answer, tuple):
+            yield answer
+            continue
+        result, contents = answer
+        for path, data in chain(legends.items(), contents):
             to.write(path, data)
+        legends = {}
         yield result
-    for source in places:
-        if source.is_video:
-            try:
-                yield _segment_video(
-                    session, source.path, places[source], options, progress, write_legends
-                )
-            except ImageError as error:
-                if failed is None:
-                    raise
-                failed(source.path, error)
 
 
 def image_results(
     session: Session,
     images: Mapping[Source, Mapping[str, PurePath]],
     options: ResultOptions,
-    failed: Failed | None,
     read: Callable[[Source], Picture] | None = None,
-) -> Iterator[Written]:
+) -> Iterator[Written | Failure]:
     """Answer images, several a run, and give what is to be written for each, in their order.
 
-    Args:
-        images: where each image's results go, by kind, as :func:`places_of` has it.
-        failed: as :func:`segment_files`.
-        read: gives an image's pixels; by default its file is decoded.
-
-    Yields:
-        An image's result, and its files' paths and contents, each encoded as it is asked for.
+    ``images`` are as :func:`places_of` has them; ``read`` gives one's pixels, by default of its
+    file. Files' contents are encoded as they are asked for.
     """
     read = read or (lambda source: session.read_image(Path(source.path)))
     # A run is of one image then: of its crops, or of one of its sizes.
-    slides = not session.detects and session.segmentation.mode == "slide"
-    alone = slides or options.scales is not None
+    alone = session.images.mode == "slide" or options.scales is not None
     waiting: list[tuple[Source, Picture, Prepared]] = []
-
-    def prepare(picture: Picture) -> Prepared:
-        if session.detects:
-            return session.detection.prepare(picture)
-        return session.segmentation.prepare(picture, fit=options.fit)
 
     def written(source: Source, picture: Picture, answer: Any) -> Written:
         places = images[source]
@@ -252,14 +236,13 @@ def image_results(
             if alone:
                 yield written(source, picture, _answer(session, picture, options))
             else:
-                waiting.append((source, picture, prepare(picture)))
+                prepared = session.images.prepare(picture, fit=options.fit)
+                waiting.append((source, picture, prepared))
         except ImageError as error:
             if str(source.path) not in str(error):
                 error = type(error)(f"{source.path}: {error}")
-            if failed is None:
-                raise error from None
             yield from flush()
-            failed(source.path, error)
+            yield Failure(source.path, error)
         if len(waiting) == session.batch_sizes[-1]:
             yield from flush()
     yield from flush()
@@ -290,26 +273,24 @@ def _segment_video(
     places: Mapping[str, Path],
     options: ResultOptions,
     progress: Progress | None,
-    last: Callable[[], None],
-) -> Result:
-    """Answer every frame of a video and write the results; all of them or none.
-
-    ``last`` is called when all that can fail is done.
-    """
+) -> Written | Failure:
+    """Answer every frame of a video and write the results; all of them or none."""
     start, count = time.perf_counter(), 0
-    with ExitStack() as stack:
-        video = stack.enter_context(_open_video(Path(path)))
-        writers = [
-            stack.enter_context(_frame_writer(kind, place, video, options))
-            for kind, place in places.items()
-        ]
-        for count, frame in enumerate(video.frames, 1):
-            answer = _answer(session, frame, options)
-            for write in writers:
-                write(count - 1, frame, answer)
-            if progress is not None:
-                progress(path, count, video.expected)
-        last()
+    try:
+        with ExitStack() as stack:
+            video = stack.enter_context(_open_video(Path(path)))
+            writers = [
+                stack.enter_context(_frame_writer(kind, place, video, options))
+                for kind, place in places.items()
+            ]
+            for count, frame in enumerate(video.frames, 1):
+                answer = _answer(session, frame, options)
+                for write in writers:
+                    write(count - 1, frame, answer)
+                if progress is not None:
+                    progress(path, count, video.expected)
+    except ImageError as error:
+        return Failure(path, error)
     record = {
         "video": str(path),
         "frames": count,
@@ -318,7 +299,7 @@ def _segment_video(
         **{kind: str(place) for kind, place in places.items()},
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return Result(places, record, session.backend, session.operators)
+    return Result(places, record, session.backend, session.operators), iter(())
 
 
 @contextmanager
@@ -331,7 +312,7 @@ def _frame_writer(
     """
     _make_folder(place.parent)
     if kind == "objects":
-        with atomic_path(place) as partial, partial.open("x", encoding="utf-8") as file:
+        with atomic_path(place) as partial, partial.open("w", encoding="utf-8") as file:
 
             def write_line(number: int, _: Picture, answer: Any) -> None:
                 found = answer.as_dict()
@@ -364,13 +345,10 @@ def _frame_writer(
 
 
 class _Video(NamedTuple):
-    """A video file.
+    """A video file, whose frames (H, W, 3) uint8 RGB are decoded as they are asked for.
 
-    Attributes:
-        frames: (H, W, 3) uint8 RGB, in order, each decoded as it is asked for.
-        size: (height, width) in pixels, as shown (rotation applied).
-        rate: frames per second as the container says; 25 where it does not.
-        expected: frames that the container announces; None where it does not say.
+    ``size`` is (height, width) in pixels, as shown (rotation applied); ``rate`` frames per second,
+    25 where the container does not say; ``expected`` the number of frames that it announces.
     """
 
     frames: Iterator[Picture]
@@ -381,12 +359,7 @@ class _Video(NamedTuple):
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[_Video]:
-    """A video, decoded by OpenCV's FFmpeg.
-
-    Raises:
-        ImageError: there is no such file, or it is no video that can be decoded.
-        ImageTooLargeError: a frame has more than ``MAX_PIXELS`` pixels.
-    """
+    """A video, decoded by OpenCV's FFmpeg; ``ImageError`` where it cannot be."""
     if not path.is_file():
         raise ImageError(f"The video {path} does not exist. Check the path.")
     first: Any
@@ -424,11 +397,7 @@ def _open_video(path: Path) -> Iterator[_Video]:
 
 @contextmanager
 def _write_video(path: Path, like: _Video) -> Iterator[Callable[[Picture], object]]:
-    """What adds a frame (H, W, 3) uint8 RGB to an MP4 file of another video's size and rate.
-
-    Raises:
-        ImageError: it cannot be written.
-    """
+    """What adds a frame (H, W, 3) uint8 RGB to an MP4 file of another video's size and rate."""
     codec = cv2.VideoWriter.fourcc(*_CODEC)
     writer = cv2.VideoWriter(str(path), codec, like.rate, like.size[::-1])
     if not writer.isOpened():
@@ -443,10 +412,7 @@ def _write_video(path: Path, like: _Video) -> Iterator[Callable[[Picture], objec
 
 
 def _endings(session: Session, source: Source, options: ResultOptions) -> dict[str, str]:
-    """What is written for a file, in that order, and the ends of its names.
-
-    The last file marks an image as done.
-    """
+    """What is written for a file, and how its names end; the last one marks it as done."""
     gives_masks = not session.detects or session.detection.finds_masks
     tells_objects = session.detects or session.panoptic
     # Kind, whether it is written, and the ending.
@@ -475,12 +441,8 @@ def places_of(
 ) -> dict[Source, dict[str, AnyPath]]:
     """Where each file's results go, by kind, without the files that are skipped.
 
-    Args:
-        size_of: gives the bytes that a result has already; None where there is none.
-
-    Raises:
-        ImageError: a file would be overwritten, a result exists already, or two files' results
-            would be written to one name.
+    ``size_of`` gives the bytes that a result has already, None where there is none. ``ImageError``
+    if a file would be overwritten, a result exists already, or two files' have one name.
     """
     places: dict[Source, dict[str, AnyPath]] = {}
     taken: dict[AnyPath, PurePath] = {}
@@ -520,8 +482,7 @@ def _real(path: PurePath) -> PurePath:
 def legends_of(session: Session, folder: ResultFolder, overwrite: bool) -> dict[PurePath, bytes]:
     """What tells the class and colour of each mask value: files and contents.
 
-    Raises:
-        ImageError: the folder holds those of other classes, and ``overwrite`` is False.
+    ``ImageError`` if the folder holds those of other classes, unless ``overwrite``.
     """
     if session.detects:
         return {}

@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def by_session(bundle: Path, folder: Path, out: Path) -> dict[str, bytes]:
     with open_session(bundle) as session:
-        list(segment_files(session, sources_at([folder], out), out, failed=lambda *_: None))
+        list(segment_files(session, sources_at([folder], out), out))
     return contents(out)
 
 
