@@ -7,23 +7,38 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 # Of Linux: paths are relative to the current folder; swap two names.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_ATTEMPTS = 100
 
 
 @contextmanager
-def _folders_of(path: Path) -> Iterator[None]:
-    """Make the folders that ``path`` lies in; those made go again if nothing is in them."""
-    missing = [folder for folder in path.parents if not folder.exists()]
+def _made(temporary: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A file or folder that ``make`` makes, and the folders it lies in, while the block lasts.
+
+    Folders made for it go again with it, if nothing is in them then.
+    """
+    missing = [folder for folder in temporary.parents if not folder.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
+        for attempt in range(_ATTEMPTS):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                make(temporary)
+                break
+            except FileNotFoundError:  # another writer has failed, and taken the folder away
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        yield temporary
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         for folder in missing:
             with suppress(OSError):  # what was written lies there
                 folder.rmdir()
@@ -31,41 +46,31 @@ def _folders_of(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, renamed to it when the block ends without an error.
+    """An empty hidden file beside ``path``, renamed to it when the block ends without an error.
 
-    It is hidden, with the same suffix, where nothing is yet; removed if the block raises, as are
-    folders that ``path`` lies in and that were made for it.
+    It has the same suffix. It is removed if the block raises, as are folders that ``path`` lies in
+    and that were made for it.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    with _folders_of(path):
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _made(temporary, Path.touch):
+        yield temporary
+        temporary.replace(path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write or replace a file, flushed to the disk before it takes its name."""
-    with atomic_path(path) as temporary, temporary.open("xb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-@contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> AbstractContextManager[Path]:
     """An empty hidden folder beside ``path``, removed when the block ends, however it ends.
 
     Folders that ``path`` lies in are made, and removed again if nothing is in them then.
     """
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    with _folders_of(path):
-        try:
-            temporary.mkdir()
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    return _made(path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}"), Path.mkdir)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: Mapping[str,
     }
     meta = {**meta, "fdconv_deploy_version": __version__}
     try:
-        with atomic_path(path) as temporary, temporary.open("xb") as file:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
             if path.suffix == ".safetensors":
                 texts = {key: value for key, value in meta.items() if isinstance(value, str)}
                 file.write(safetensors.torch.save(tensors, texts))

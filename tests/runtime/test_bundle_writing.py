@@ -165,3 +165,25 @@ def test_a_writer_that_is_stopped_as_it_begins_leaves_nothing(
     with pytest.raises(KeyboardInterrupt), atomic_write.atomic_folder(tmp_path / "bundle"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [atomic_write.atomic_path, atomic_write.atomic_folder])
+def test_a_writer_that_fails_takes_no_folder_from_another(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both make the folder; one goes, and the folder with it, as the other is to write into it."""
+    make, failing = Path.mkdir, write(tmp_path / "new" / "failing")
+    failing.__enter__()
+
+    def late(self: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal failing
+        make(self, *arguments, **options)
+        if failing is not None and self.name == "new":
+            gone, failing = failing, None
+            gone.__exit__(KeyError, KeyError(), None)
+            assert not self.exists()
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with write(tmp_path / "new" / "kept"):
+        pass
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["kept"]
