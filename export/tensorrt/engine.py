@@ -206,8 +206,7 @@ def _build_one(
         kernels=kernels,
     )  # fmt: skip
     say(f"batch {batch}: comparing it with ONNX Runtime")
-    specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
-    engine = backend.load_plan(plan, record, *specs)
+    engine = backend.load_plan(plan, record, bundle.manifest.specs(batch))
     parity = _validate(bundle, batch, engine, options, tolerance)
     seconds = round(time.perf_counter() - started, 1)
     record = record.model_copy(update={"parity": parity, "build_seconds": seconds})

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 
-def linear_cost(batch: int) -> float:
-    """What running a batch costs, in images: its size, and a little for the call.
+def linear_cost(batch: int, call: float = 0.05) -> float:
+    """What running a batch is assumed to cost, in images, until it is measured.
 
-    What is assumed until it is measured. FDConv makes one set of kernels per image, so a larger
-    batch saves next to nothing on a CPU; a slot filled with a repeated image is paid for in full.
+    FDConv makes one set of kernels per image, so a larger batch saves next to nothing on a CPU; a
+    slot filled with a repeated image is paid for in full.
     """
-    return batch + 0.05
+    return batch + call
 
 
 def measured_cost(seconds: Mapping[int, float]) -> Callable[[int], float]:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from fdconv_deploy.config import (
     DetectorConfig,
+    Frozen,
     MaskDINOHeadConfig,
     QueryHeadConfig,
     SegmentorConfig,
@@ -34,11 +35,7 @@ BatchSize = Annotated[int, Field(ge=1)]
 Fit = Literal["stretch", "pad"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(_Model):
+class TensorSpec(Frozen):
     """One input or output of a graph: static ``shape``, numpy ``dtype`` name."""
 
     name: str
@@ -46,7 +43,7 @@ class TensorSpec(_Model):
     dtype: DType = "float32"
 
 
-class InputSize(_Model):
+class InputSize(Frozen):
     """Height and width in pixels of the images a segmentor's or detector's graphs take."""
 
     height: int = Field(ge=1)
@@ -56,21 +53,21 @@ class InputSize(_Model):
         return f"{self.height}x{self.width}"
 
 
-class CheckpointInfo(_Model):
+class CheckpointInfo(Frozen):
     """The checkpoint a bundle was exported from: its file name and hash, no folder."""
 
     name: str
     sha256: Sha256
 
 
-class FileInfo(_Model):
+class FileInfo(Frozen):
     """Hash and size of one file of the bundle."""
 
     sha256: Sha256
     bytes: int = Field(ge=0)
 
 
-class OutputParity(_Model):
+class OutputParity(Frozen):
     """How far one output of the exported graph is from the network it came from.
 
     ``max_abs`` is max|graph − reference|, ``max_rel`` that divided by max|reference|, and
@@ -84,7 +81,7 @@ class OutputParity(_Model):
     argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-class ParityReport(_Model):
+class ParityReport(Frozen):
     """The comparison made at export: per batch size, one entry per output.
 
     ``reference`` and ``backend`` name the two sides, ``inputs`` what they were fed.
@@ -101,7 +98,7 @@ class ParityReport(_Model):
         return max((o.max_rel for outputs in self.batches.values() for o in outputs), default=0.0)
 
 
-class SizedGraphs(_Model):
+class SizedGraphs(Frozen):
     """The graphs of one more input size: entries as the manifest's own for its ``input``."""
 
     input: InputSize
@@ -111,7 +108,7 @@ class SizedGraphs(_Model):
     parity: ParityReport | None = None
 
 
-class Manifest(_Model):
+class Manifest(Frozen):
     """The contents of ``manifest.json``.
 
     ``models`` maps a batch size to its graph's file name; ``inputs`` and ``outputs`` give
@@ -153,12 +150,12 @@ class Manifest(_Model):
     inputs: dict[BatchSize, tuple[TensorSpec, ...]]
     outputs: dict[BatchSize, tuple[TensorSpec, ...]]
     other_sizes: tuple[SizedGraphs, ...] = ()
-    group_maps: dict[str, Sha256] = {}
+    group_maps: dict[str, Sha256] = Field(default_factory=dict)
     checkpoint: CheckpointInfo | None = None
     parity: ParityReport | None = None
-    graph: dict[str, Any] = {}
-    versions: dict[str, str] = {}
-    files: dict[str, FileInfo] = {}
+    graph: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileInfo] = Field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -174,6 +171,10 @@ class Manifest(_Model):
         if size not in self.sizes:
             raise ValueError(f"there are no graphs of {size[0]}x{size[1]}")
         return self.model_copy(update={"other_sizes": ()})
+
+    def specs(self, batch: int) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The inputs and the outputs of the graph of a batch size."""
+        return self.inputs[batch], self.outputs[batch]
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -217,10 +218,9 @@ class Manifest(_Model):
 
 # A tensor's name, shape without the batch (None where any size is good) and type.
 _Port = tuple[str, tuple[int | None, ...], str]
-_Ports = dict[str, list[_Port]]
 
 
-def _segmentor(manifest: Manifest) -> _Ports:
+def _segmentor(manifest: Manifest) -> tuple[list[_Port], list[_Port]]:
     """What a segmentor's graphs take and give; it must have an architecture and a size."""
     segmentor, size = manifest.architecture, manifest.input
     if segmentor is None or size is None:
@@ -238,10 +238,10 @@ def _segmentor(manifest: Manifest) -> _Ports:
         own = isinstance(head, MaskDINOHeadConfig) and segmentor.panoptic.instance_on
         if own and all("boxes" in {t.name for t in each} for each in manifest.outputs.values()):
             gives.append(("boxes", (head.num_queries, 4), "float32"))
-    return {"take": [("images", (bands, size.height, size.width), "float32")], "give": gives}
+    return [("images", (bands, size.height, size.width), "float32")], gives
 
 
-def _detector(manifest: Manifest) -> _Ports:
+def _detector(manifest: Manifest) -> tuple[list[_Port], list[_Port]]:
     """What a detector's graphs take and give; it must have an architecture and a size."""
     detector, size = manifest.detector, manifest.input
     if detector is None or size is None:
@@ -257,7 +257,7 @@ def _detector(manifest: Manifest) -> _Ports:
     if side:
         gives.append(("masks", (most, side, side), "float32"))
     images: _Port = ("images", (3, size.height, size.width), "float32")
-    return {"take": [images, ("sizes", (2,), "float32")], "give": gives}
+    return [images, ("sizes", (2,), "float32")], gives
 
 
 def _check_names(
@@ -269,11 +269,12 @@ def _check_names(
             raise ValueError(f"the head has {classes} classes but there are {len(given)} {what}")
 
 
-def _check_ports(manifest: Manifest, ports: _Ports) -> None:
+def _check_ports(manifest: Manifest, ports: tuple[list[_Port], list[_Port]]) -> None:
     for batch in manifest.models:
-        for does, tensors in (("take", manifest.inputs), ("give", manifest.outputs)):
-            expected = [(name, (batch, *shape), dtype) for name, shape, dtype in ports[does]]
-            found = [(one.name, one.shape, one.dtype) for one in tensors[batch]]
+        pairs = zip(("take", "give"), ports, manifest.specs(batch), strict=True)
+        for does, wanted, tensors in pairs:
+            expected = [(name, (batch, *shape), dtype) for name, shape, dtype in wanted]
+            found = [(one.name, one.shape, one.dtype) for one in tensors]
             if len(found) != len(expected) or not all(map(_fits, found, expected)):
                 raise ValueError(
                     f"a {manifest.kind}'s graph of batch {batch} must {does} {_listed(expected)}; "

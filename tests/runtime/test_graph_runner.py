@@ -60,9 +60,6 @@ class Timed:
             return Graph(self, "alone", self.alone * SECOND / streams)
         return Graph(self, str(batch), (self.four if batch == 4 else 1.0) * SECOND)
 
-    def batch_cost(self, batch: int) -> float:
-        return batch + 0.05
-
 
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 3, 32, 48)).astype(np.float32)

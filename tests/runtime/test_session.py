@@ -55,9 +55,6 @@ class FakeBackend:
         self.runs.append(len(feeds["images"]))
         return {"logits": self.answer(feeds["images"])}
 
-    def batch_cost(self, batch: int) -> float:
-        return batch + 0.05
-
 
 class TestRun:
     @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])

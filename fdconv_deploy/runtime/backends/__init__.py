@@ -43,20 +43,14 @@ NATIVE_BACKENDS = ("onnxruntime-cpu", *PRECISIONS)
 def select(
     bundle: Bundle, name: str, options: BackendOptions
 ) -> tuple[Backend, str, dict[int, Graph]]:
-    """Choose and make a backend.
+    """Choose and make a backend; ``BackendError`` where there is none that can be used here.
 
-    Args:
-        bundle: the bundle to be run.
-        name: a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for this
-            machine, else CUDA where it really runs, else CPU. OpenVINO must be named.
-        options: what the caller set.
+    ``name`` is a key of ``BACKENDS``, or "auto": TensorRT where the bundle has an engine for this
+    machine, else CUDA where it really runs, else CPU. OpenVINO must be named.
 
     Returns:
         The backend, a sentence on why it was chosen, and graphs already loaded in finding out, by
         batch size.
-
-    Raises:
-        BackendError: no such backend, or it cannot be used here.
     """
     if options.native and name not in ("auto", *NATIVE_BACKENDS):
         raise BackendError(
@@ -74,30 +68,28 @@ def select(
         return BACKENDS[cpu](options), "The ONNX Runtime providers were given.", {}
     if options.native:
         return BACKENDS[cpu](options), f"{cpu}, since native operators were asked for.", {}
-    first = min(bundle.manifest.models)
-    graphs: dict[int, Graph]
-    engines = ""
+    first, engines = min(bundle.manifest.models), ""
     if has_engines(bundle):
         try:
             fast = TensorRTBackend(options)
             for view in [bundle.at(size) for size in bundle.manifest.sizes] or [bundle]:
                 for batch in view.manifest.models:
                     fast.find(view, batch)
-            graphs = {first: fast.load(bundle, first)}
+            graph: Graph = fast.load(bundle, first)
         except FDConvError as error:
             engines = f"; its TensorRT engines cannot be used: {str(error).rstrip('.')}"
         else:
-            return fast, "tensorrt, since the bundle has engines for this machine.", graphs
+            return fast, "tensorrt, since the bundle has engines for this machine.", {first: graph}
     reason = cuda_problem()
     if reason is None:
         try:
             # Only loading and running a graph shows whether a GPU, its driver, CUDA's libraries
             # and cuDNN are there; loading runs it.
             backend = BACKENDS["onnxruntime-cuda"](options)
-            graphs = {first: backend.load(bundle, first)}
+            graph = backend.load(bundle, first)
         except BackendError as error:
             reason = f"CUDA did not run ({error})"
         else:
             choice = f"onnxruntime-cuda, since its CUDA provider runs{engines}."
-            return backend, choice, graphs
+            return backend, choice, {first: graph}
     return BACKENDS[cpu](options), f"{cpu}, since {reason.rstrip('.')}{engines}.", {}

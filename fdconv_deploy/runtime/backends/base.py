@@ -20,6 +20,8 @@ TF32 = "FDCONV_TF32"
 Tensors = Mapping[str, npt.NDArray[Any]]
 # A tensor's name, shape and type.
 Signature = tuple[str, tuple[Any, ...], str]
+Specs = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+"""A graph's inputs and outputs."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,9 @@ class Graph(Protocol):
     """One loaded graph. ``run`` may be called from several threads at once."""
 
     def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """Every output by name, for every input by name; the arrays are the caller's own.
+        """Every output by name, for every input by name; ``BackendError`` where that fails.
 
-        Raises:
-            BackendError: the backend failed.
+        The arrays are the caller's own.
         """
 
 
@@ -68,17 +69,9 @@ class Backend(Protocol):
     def load(self, bundle: Bundle, batch: int, threads: int | None = None) -> Graph:
         """Load the graph of one batch size, whose files the bundle has checked.
 
-        Args:
-            bundle: the bundle.
-            batch: the batch size.
-            threads: number of CPU threads, where not all those of the backend.
-
-        Raises:
-            BackendError: the backend cannot run this graph.
+        ``threads`` is the number of CPU threads, where not all those of the backend.
+        ``BackendError`` if the backend cannot run this graph.
         """
-
-    def batch_cost(self, batch: int) -> float:
-        """The cost of one run at this batch size, in any unit, as long as none was measured."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +89,7 @@ class BackendOptions:
 
     @property
     def rounds_to_tf32(self) -> bool:
-        """Whether TF32 was asked for; on every backend it is off where it was not.
-
-        Raises:
-            BackendError: ``FDCONV_TF32`` is asked, and is neither 1 nor 0.
-        """
+        """Whether TF32 was asked for; ``BackendError`` where ``FDCONV_TF32`` is neither 1 nor 0."""
         if self.tf32 is not None:
             return self.tf32
         given = os.environ.get(TF32) or "0"
@@ -124,18 +113,10 @@ def feeds_problem(specs: tuple[TensorSpec, ...], feeds: Tensors) -> str | None:
     return None
 
 
-def check_signature(
-    what: str, specs: Sequence[tuple[TensorSpec, ...]], found: Sequence[set[Signature]], advice: str
-) -> None:
-    """Compare what the manifest says that a graph takes and gives with what it does.
+def check_signature(what: str, specs: Specs, found: Sequence[set[Signature]], advice: str) -> None:
+    """Refuse (``BackendError``) a graph that does not take and give what its manifest says.
 
-    Args:
-        what: the graph, as a sentence's beginning.
-        specs, found: the manifest's inputs and outputs, and the graph's.
-        advice: what to do, a sentence.
-
-    Raises:
-        BackendError: they differ.
+    The message begins with ``what``, the graph, and ends with ``advice``.
     """
     for kind, expected, tensors in zip(("inputs", "outputs"), specs, found, strict=True):
         said = {(s.name, tuple(s.shape), np.dtype(s.dtype).name) for s in expected}

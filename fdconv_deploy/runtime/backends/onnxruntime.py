@@ -24,15 +24,14 @@ from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Graph,
     Phases,
+    Specs,
     Tensors,
     check_signature,
     feeds_problem,
 )
 from fdconv_deploy.runtime.backends.threads import available_cores
-from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.blocked_graph import RUNTIMES, block_graph, blocked, blocked_kernel
 from fdconv_deploy.runtime.bundle import Bundle, Bytes
-from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.native_layers import NativeGraph, native_graph
 from fdconv_deploy.runtime.onnx_graph import make_model, make_node
 
@@ -49,7 +48,6 @@ _MARK = re.compile(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ")
 _NO_MEMORY = re.compile(r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory")
 # Of the runtime's builds for AVX-512, and for AVX2, SSE and some for AArch64.
 LENGTHS = (16, 8)
-_SIZE, _KERNEL = 5, 3
 Float32 = npt.NDArray[np.float32]
 _NUMPY_TYPES = {"float": "float32", "double": "float64"}  # other types have numpy's names
 
@@ -63,8 +61,13 @@ class OnnxRuntimeBackend:
         self._ort = import_onnxruntime(packages[0])
         self.device = "cpu" if self._provider == CPU else "cuda"
         self._threads = options.threads or available_cores()
+        given = [p if isinstance(p, str) else str(p[0]) for p in options.providers or [CPU]]
         if options.providers is not None:
-            self._provider = first_name(list(options.providers))
+            if not options.providers:
+                raise BackendError(
+                    "An empty list of ONNX Runtime providers was given; name one or more."
+                )
+            self._provider = given[0]
             packages = next((known for p, known in PROVIDERS.values() if p == self._provider), ())
         available = self._ort.get_available_providers()
         if self._provider not in available:
@@ -82,7 +85,7 @@ class OnnxRuntimeBackend:
         self._native = options.native
         self._library: Path | None = None
         self.operators = ""
-        if self.device == "cpu" and [first_name([p]) for p in self._given or [CPU]] == [CPU]:
+        if self.device == "cpu" and given == [CPU]:
             self._library, self._why = native_library(options.native)
             kind = "native" if self._library else "portable"
             self.operators = f"{kind} operators, since {self._why}"
@@ -125,8 +128,8 @@ class OnnxRuntimeBackend:
     def _on_gpu(self, bundle: Bundle, batch: int, *, captured: bool) -> CudaGraph:
         providers = [_cuda(tf32=self._tf32, captured=captured), CPU]
         session, _ = self._session(bundle, batch, None, providers)
-        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
-        return CudaGraph(self._ort, session, bundle.manifest.models[batch], *specs)
+        manifest = bundle.manifest
+        return CudaGraph(self._ort, session, manifest.models[batch], manifest.specs(batch))
 
     def _session(
         self,
@@ -170,9 +173,8 @@ class OnnxRuntimeBackend:
             {(v.name, tuple(v.shape), _numpy_type(v.type)) for v in values}
             for values in (session.get_inputs(), session.get_outputs())
         ]
-        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
         what = f"The graph of batch {batch} in the bundle {bundle.path}"
-        check_signature(what, specs, found, "Export the bundle again.")
+        check_signature(what, bundle.manifest.specs(batch), found, "Export the bundle again.")
         return session, blocked
 
     def _native_session(
@@ -240,11 +242,6 @@ class OnnxRuntimeBackend:
                 raise cannot_load(self._library, first_line(error)) from error
         return options
 
-    def batch_cost(self, batch: int) -> float:
-        """The cost of one run at this batch size. See :class:`Backend`."""
-        # A GPU answers a small batch in little more time than one image.
-        return linear_cost(batch) if self.device == "cpu" else batch + 1.0
-
 
 class OnnxRuntimeGraph:
     """One loaded graph. See :class:`Graph`.
@@ -285,14 +282,8 @@ class CudaGraph:
     thread, since the provider records one graph for each that runs it.
     """
 
-    def __init__(
-        self,
-        ort: Any,
-        session: Any,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-    ) -> None:
+    def __init__(self, ort: Any, session: Any, name: str, specs: Specs) -> None:
+        inputs, outputs = specs
         self._session, self._name, self._specs = session, name, inputs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime-cuda")
         self._binding = session.io_binding()
@@ -393,14 +384,6 @@ def cuda_problem() -> str | None:
     return None
 
 
-def first_name(providers: list[Any]) -> str:
-    """The name of the first execution provider in ONNX Runtime's notation."""
-    if not providers:
-        raise BackendError("An empty list of ONNX Runtime providers was given; name one or more.")
-    first = providers[0]
-    return str(first if isinstance(first, str) else first[0])
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's text, without ONNX Runtime's mark and the full stop."""
     lines = _MARK.sub("", str(error).strip()).splitlines()
@@ -442,10 +425,9 @@ def blocked_layout() -> tuple[int, str]:
     """The length of ONNX Runtime's blocks of channels on this machine; 0 and why, as a clause.
 
     The runtime does not tell, and a kernel in blocks of another length would be taken all the
-    same: so features are reordered and looked at, and a convolution with a kernel that is no
-    constant is compared with its definition.
+    same: so features are reordered and looked at, and answers in blocks compared with others.
     """
-    x = np.random.default_rng(0).standard_normal((1, 32, _SIZE, _SIZE), np.float32)
+    x = np.random.default_rng(0).standard_normal((1, 32, 5, 5), np.float32)
     try:
         reordered = _run([_reorder("x", "y")], {"x": x})
         block = next((b for b in LENGTHS if np.array_equal(reordered, blocked(x, b))), 0)
@@ -463,34 +445,31 @@ def _reorder(x: str, y: str) -> Any:
 
 
 def _convolves(x: Float32, block: int) -> bool:
-    """Convolution, sum, activation, pooling and interpolation as the blocked graph has them."""
+    """Whether what the blocked graph consists of gives in blocks what it does in NCHW."""
     random = np.random.default_rng(1)
     channels = x.shape[1]
-    kernel = random.standard_normal((channels, channels, _KERNEL, _KERNEL), np.float32)
+    kernel = random.standard_normal((channels, channels, 3, 3), np.float32)
     bias = random.standard_normal((channels,), np.float32)
     square: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1, 1, 1, 1]}
+    linear: dict[str, Any] = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
     nodes = [
         _reorder("x", "in"),
         make_node("Conv", ["in", "kernel", "bias", "in"], ["sum"], RUNTIMES, activation="Relu",
                   dilations=[1, 1], group=1, **square),
         make_node("MaxPool", ["sum"], ["most"], RUNTIMES, **square),
-        make_node("Upsample", ["most"], ["large"], RUNTIMES, scales=[1, 1, 2, 2], mode="linear",
-                  coordinate_transformation_mode="half_pixel"),
+        make_node("Upsample", ["most"], ["large"], RUNTIMES, scales=[1, 1, 2, 2], **linear),
         make_node("ReorderOutput", ["large"], ["y"], RUNTIMES, channels=channels, channels_last=0),
     ]  # fmt: skip
+    plain = [
+        make_node("Conv", ["x", "kernel", "bias"], ["conv"], **square),
+        make_node("Add", ["conv", "x"], ["sum"]),
+        make_node("Relu", ["sum"], ["positive"]),
+        make_node("MaxPool", ["positive"], ["most"], **square),
+        make_node("Resize", ["most", "", "scales"], ["y"], **linear),
+    ]
+    feeds = {"x": x, "kernel": kernel, "bias": bias, "scales": np.array([1, 1, 2, 2], np.float32)}
+    expected = _run(plain, feeds)
     found = _run(nodes, {"x": x, "kernel": blocked_kernel(kernel, block), "bias": bias})
-
-    def windows(values: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
-        padded = np.pad(values, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=fill)
-        return np.lib.stride_tricks.sliding_window_view(padded, (_KERNEL, _KERNEL), axis=(2, 3))
-
-    answer: npt.NDArray[Any] = np.einsum("nihwuv,oiuv->nohw", windows(x, 0), kernel)
-    answer = np.maximum(answer + bias[None, :, None, None] + x, 0)
-    most = windows(answer, -np.inf).max((4, 5))
-    places = np.maximum((np.arange(2 * _SIZE) + 0.5) / 2 - 0.5, 0)
-    distance = np.abs(np.minimum(places, _SIZE - 1)[:, None] - np.arange(_SIZE))
-    weights = np.maximum(1 - distance, 0)
-    expected = np.einsum("nchw,yh,xw->ncyx", most, weights, weights)
     return bool(np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max())
 
 

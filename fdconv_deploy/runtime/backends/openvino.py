@@ -29,7 +29,6 @@ from fdconv_deploy.runtime.backends.base import (
     differences,
 )
 from fdconv_deploy.runtime.backends.threads import available_cores
-from fdconv_deploy.runtime.batching import linear_cost
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
 from fdconv_deploy.runtime.native_layers import BANDS, native_graph
@@ -128,7 +127,7 @@ class OpenVINOBackend:
                     f"OpenVINO cannot load {name!r} of the bundle {bundle.path}: "
                     f"{last_line(error)}. Choose backend 'onnxruntime-cpu'."
                 ) from error
-        specs = manifest.inputs[batch], manifest.outputs[batch]
+        specs = manifest.specs(batch)
         found = _signature(compiled.inputs, specs[0]), _signature(compiled.outputs, specs[1])
         what = f"The graph of batch {batch} in the bundle {bundle.path}"
         check_signature(what, specs, found, "Export the bundle again.")
@@ -155,10 +154,6 @@ class OpenVINOBackend:
             "ENABLE_CPU_PINNING": False,
         }
         return self._core.compile_model(model, "CPU", settings)
-
-    def batch_cost(self, batch: int) -> float:
-        """The cost of one run at this batch size. See :class:`Backend`."""
-        return linear_cost(batch)
 
 
 class OpenVINOGraph:

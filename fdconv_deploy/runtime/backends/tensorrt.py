@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fdconv_deploy.runtime.backends.base import (
     BackendOptions,
     Phases,
     Signature,
+    Specs,
     Tensors,
     check_signature,
     feeds_problem,
@@ -204,8 +205,7 @@ class TensorRTBackend:
                     self._held[models[other]] = self._read(bundle, other)
             self._held[models[batch]] = self._read(bundle, batch)
         record, plan = self._held.pop(models[batch])
-        specs = bundle.manifest.inputs[batch], bundle.manifest.outputs[batch]
-        return self.load_plan(plan, record, *specs)
+        return self.load_plan(plan, record, bundle.manifest.specs(batch))
 
     def find(self, bundle: Bundle, batch: int) -> EngineRecord:
         """The engine of a batch size that is to run here. Raises as `find_engine`."""
@@ -216,13 +216,7 @@ class TensorRTBackend:
         record = self.find(bundle, batch)
         return record, read_engine(bundle, record)
 
-    def load_plan(
-        self,
-        plan: bytes,
-        record: EngineRecord,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-    ) -> TensorRTGraph:
+    def load_plan(self, plan: bytes, record: EngineRecord, specs: Specs) -> TensorRTGraph:
         """An engine from its bytes, which the caller has checked."""
         self.messages.errors.clear()
         runtime = self.trt.Runtime(self._logger)
@@ -239,11 +233,7 @@ class TensorRTBackend:
                 f"TensorRT {self.machine.tensorrt} does not take the engine {record.name}: "
                 f"{self.messages.last}. Build it again: `fdconv build --force`. {_OTHERS}"
             )
-        return TensorRTGraph(self, runtime, engine, record, inputs, outputs)
-
-    def batch_cost(self, batch: int) -> float:
-        """The cost of one run at this batch size. See :class:`Backend`."""
-        return batch + 1.0  # a GPU answers a small batch in little more time than one image
+        return TensorRTGraph(self, runtime, engine, record, specs)
 
 
 class TensorRTGraph:
@@ -255,12 +245,11 @@ class TensorRTGraph:
         runtime: Any,
         engine: Any,
         record: EngineRecord,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
+        specs: Specs,
     ) -> None:
         self._runtime, self._engine, self.name = runtime, engine, record.name
         self._tf32 = record.fingerprint.tf32
-        self._inputs, self._outputs = inputs, outputs
+        self._specs = specs
         self._trt, self._cuda, self._messages = backend.trt, backend.cuda, backend.messages
         self._check_signature()
         # Idle contexts, the last used on top; None is one that is not made yet.
@@ -277,7 +266,7 @@ class TensorRTGraph:
 
     def run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Every output by name. See :class:`Graph`."""
-        problem = feeds_problem(self._inputs, feeds)
+        problem = feeds_problem(self._specs[0], feeds)
         if problem is not None:
             raise BackendError(f"The engine {self.name} does not take these inputs: {problem}.")
         with self._context() as run:
@@ -293,7 +282,7 @@ class TensorRTGraph:
         """How it runs, for a benchmark's report."""
         run = self._idle.get()
         self._idle.put(run)
-        graph = "one CUDA graph" if run is not None and run.captured else "no CUDA graph"
+        graph = "one CUDA graph" if run is not None and run.graph is not None else "no CUDA graph"
         return (
             f"TF32 {'on' if self._tf32 else 'off'}; {graph} a run, on a stream of its own, of "
             f"which {CONTEXTS} at the most; waited for after every run"
@@ -320,7 +309,7 @@ class TensorRTGraph:
                 + f" ({self._messages.last}). Free memory (see `nvidia-smi`), or use a smaller "
                 f"batch size. {_OTHERS}"
             )
-        return _Run(self._cuda, context, self.name, self._inputs, self._outputs)
+        return _Run(self._cuda, context, self.name, self._specs)
 
     def _check_signature(self) -> None:
         engine, mode = self._engine, self._trt.TensorIOMode
@@ -329,10 +318,8 @@ class TensorRTGraph:
             dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
             signature = name, tuple(engine.get_tensor_shape(name)), dtype
             found[engine.get_tensor_mode(name) == mode.INPUT].add(signature)
-        check_signature(
-            f"The engine {self.name}", (self._inputs, self._outputs),
-            (found[True], found[False]), "Build it again: `fdconv build --force`.",
-        )  # fmt: skip
+        advice = "Build it again: `fdconv build --force`."
+        check_signature(f"The engine {self.name}", self._specs, (found[True], found[False]), advice)
 
 
 class _Run:
@@ -342,27 +329,19 @@ class _Run:
     no further copy, and can be part of a graph.
     """
 
-    def __init__(
-        self,
-        cuda: Cuda,
-        context: Any,
-        name: str,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-    ) -> None:
+    def __init__(self, cuda: Cuda, context: Any, name: str, specs: Specs) -> None:
         self._cuda, self._context, self._name = cuda, context, name
-        self._inputs = [spec.name for spec in inputs]
-        self._outputs = [spec.name for spec in outputs]
+        self._inputs, self._outputs = ([spec.name for spec in each] for each in specs)
         self._host: dict[str, npt.NDArray[Any]] = {}
         self._device: dict[str, int] = {}
-        self._graph: Any = None
+        self.graph: Any = None  # a run's, where it is captured
         self._engine_graph: Any = None  # without copies, for `phases`
         self._events: list[Any] = []
         self._cleanup = ExitStack()  # whatever fails in that is past helping
         try:
             self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.rt.cudaStreamNonBlocking)
             self._cleanup.callback(cuda.rt.cudaStreamDestroy, self._stream)
-            for spec in (*inputs, *outputs):
+            for spec in chain(*specs):
                 self._allocate(spec)
             self._warm_up()
         except BaseException:
@@ -391,16 +370,16 @@ class _Run:
         self._execute()
         self._copy_outputs()
 
-    def _copy_inputs(self) -> None:
-        for name in self._inputs:
-            self._copy(self._device[name], self._host[name].ctypes.data, name, "HostToDevice")
-
     def _execute(self) -> None:
         if not self._context.execute_async_v3(int(self._stream)):
             raise BackendError(
                 f"TensorRT failed to run the engine {self._name}. Build it again: `fdconv build "
                 f"--force`. {_OTHERS}"
             )
+
+    def _copy_inputs(self) -> None:
+        for name in self._inputs:
+            self._copy(self._device[name], self._host[name].ctypes.data, name, "HostToDevice")
 
     def _copy_outputs(self) -> None:
         for name in self._outputs:
@@ -427,7 +406,7 @@ class _Run:
             self._host[name].fill(0)
         self._work()
         self._wait()
-        self._graph = self._captured(self._work)
+        self.graph = self._captured(self._work)
 
     def _captured(self, work: Callable[[], None]) -> Any:
         """A CUDA graph of what ``work`` puts on the stream; None where it cannot be captured."""
@@ -451,7 +430,7 @@ class _Run:
         """Run with an event between copies and engine, then the engine again by the clock."""
         call = self._cuda.call
         if not self._events:
-            if self._graph is not None:
+            if self.graph is not None:
                 self._engine_graph = self._captured(self._execute)
             for _ in range(4):
                 self._events.append(call("cudaEventCreate"))
@@ -474,20 +453,15 @@ class _Run:
         self._wait()
         return Phases(h2d, compute, d2h, time.perf_counter() - start)
 
-    @property
-    def captured(self) -> bool:
-        """Whether runs replay a CUDA graph."""
-        return self._graph is not None
-
     def __call__(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         self._fill(feeds)
-        self._launch(self._graph, self._work)
+        self._launch(self.graph, self._work)
         self._wait()
         return {name: self._host[name].copy() for name in self._outputs}
 
     def close(self) -> None:
         """Free everything."""
-        self._graph = self._engine_graph = None
+        self.graph = self._engine_graph = None
         self._host.clear()
         self._cleanup.close()
 

@@ -20,9 +20,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fdconv_deploy.atomic_write import write_atomically
+from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import BackendError, BundleError
 from fdconv_deploy.runtime.bundle import Bundle, inside, read_versioned
 from fdconv_deploy.runtime.manifest import FileInfo, OutputParity, Sha256
@@ -34,11 +35,11 @@ INDEX_VERSION = 1
 Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
 
 
-class Machine(_Model):
+class Machine(Frozen):
     """What an engine is built for and runs on.
 
     gpu: the name its driver gives; capability: e.g. 90 for 9.0; driver: its version; tensorrt:
@@ -52,12 +53,12 @@ class Machine(_Model):
 
     def __str__(self) -> str:
         return (
-            f"{self.gpu} (compute capability {self.capability // 10}.{self.capability % 10}, "
-            f"driver {self.driver}), TensorRT {self.tensorrt}"
+            f"{self.gpu} (compute capability {_dotted(self.capability)}, driver {self.driver}), "
+            f"TensorRT {self.tensorrt}"
         )
 
 
-class Fingerprint(_Model):
+class Fingerprint(Frozen):
     """All that an engine depends on. ``graph``: see `graph_hash`.
 
     plugins: whether FDConv layers run in this package's kernels. hardware, version_compatible:
@@ -109,7 +110,7 @@ class Fingerprint(_Model):
         return None
 
 
-class EngineRecord(_Model):
+class EngineRecord(Frozen):
     """One engine. ``name``: of its file in the folder; ``parity``: against ONNX Runtime."""
 
     name: str
@@ -120,18 +121,14 @@ class EngineRecord(_Model):
     built_at: datetime
     build_seconds: float = Field(ge=0)
     parity: tuple[OutputParity, ...] = ()
-    kernels: dict[str, int] = {}
+    kernels: dict[str, int] = Field(default_factory=dict)
 
 
-class EngineIndex(_Model):
+class EngineIndex(Frozen):
     """The contents of ``engines/index.json``."""
 
     format_version: int = INDEX_VERSION
     engines: tuple[EngineRecord, ...] = ()
-
-
-def _dotted(capability: int) -> str:
-    return f"{capability // 10}.{capability % 10}"
 
 
 def _newer_or_same(built: str, here: str) -> bool:
