@@ -85,7 +85,7 @@ class Bundle:
         manifest = read_manifest(root)
         bundle = cls(root, manifest, verify)
         for name in manifest.files:
-            bundle._check_file(name, hashed=False)
+            bundle._check_size(name, inside(root, name).stat().st_size)
         for name in manifest.graphs:
             bundle._check_listed(name, "a graph of the bundle")
         if manifest.weights is not None:
@@ -95,7 +95,7 @@ class Bundle:
         if hold:
             bundle.hold()
         for name in manifest.files.keys() - bundle.contents.keys() if verify else ():
-            bundle._check_file(name, hashed=True)
+            bundle._check_file(name)
         if not hold:
             bundle.release()
         return bundle
@@ -103,8 +103,7 @@ class Bundle:
     def content(self, name: str) -> Bytes:
         """A listed file's bytes, read and hashed at the first call, and kept.
 
-        Raises:
-            BundleError: they are not those that the manifest lists.
+        ``BundleError`` where they are not those that the manifest lists.
         """
         with self._lock:
             if name not in self.contents:
@@ -118,11 +117,7 @@ class Bundle:
     def hold(self) -> dict[str, Bytes]:
         """Read every graph and the weights into memory, so that the folder is needed no more.
 
-        Returns:
-            Their bytes by name.
-
-        Raises:
-            BundleError: as :meth:`content`.
+        Their bytes by name. Raises as :meth:`content`.
         """
         with self._lock:
             for model in self.manifest.graphs:
@@ -138,11 +133,7 @@ class Bundle:
     def copy_to(self, folder: Path) -> Bundle:
         """Write what runs to a folder of one's own, for tools that read files, and let go of it.
 
-        Returns:
-            The bundle there.
-
-        Raises:
-            BundleError: as :meth:`content`.
+        The bundle there. Raises as :meth:`content`.
         """
         for name, data in self.hold().items():
             target = folder / name
@@ -165,15 +156,11 @@ class Bundle:
             self._check_hash(name, hashlib.sha256(data).hexdigest())
         return data
 
-    def _check_file(self, name: str, *, hashed: bool) -> None:
-        """A listed file is inside the bundle, of the listed size and, if asked, of its hash."""
-        real = inside(self.path, name)
-        self._check_size(name, real.stat().st_size)
-        if hashed:
-            try:
-                self._check_hash(name, sha256_of(real))
-            except OSError as error:
-                raise self._refused(name, "cannot be read.") from error
+    def _check_file(self, name: str) -> None:
+        try:
+            self._check_hash(name, sha256_of(inside(self.path, name)))
+        except OSError as error:
+            raise self._refused(name, "cannot be read.") from error
 
     def _refused(self, name: str, found: str) -> BundleError:
         return BundleError(f"The file {name!r} of the bundle {self.path} {found}")
@@ -239,9 +226,9 @@ class Bundle:
 class BundleWriter:
     """Writes a bundle beside its destination and moves it there only when it is whole.
 
-    Use it as a context manager: write files into ``writer.path``, then call :meth:`commit`. Leaving
-    the block without a commit, or with an exception, removes everything that was written.
-    ``BundleError`` on entering, when ``destination`` exists and must not be replaced.
+    A context manager: write files into ``writer.path``, then call :meth:`commit`. What was not
+    committed is removed. ``BundleError`` on entering, when ``destination`` exists and must not be
+    replaced.
     """
 
     def __init__(self, destination: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -259,13 +246,9 @@ class BundleWriter:
         self._folder.close()
 
     def commit(self, manifest: Manifest) -> Bundle:
-        """Hash the files, write the manifest, move the bundle into place.
+        """Hash the files, write the manifest, check as :meth:`Bundle.open`, move into place.
 
-        ``manifest.files`` is made anew. What was written is checked as by :meth:`Bundle.open`
-        before it is moved.
-
-        Raises:
-            BundleError: the files and the manifest do not make a bundle that opens.
+        ``manifest.files`` is made anew. ``BundleError`` where this makes no bundle that opens.
         """
         files: dict[str, FileInfo] = {}
         for file in sorted(self.path.rglob("*")):
@@ -303,8 +286,8 @@ class BundleWriter:
 
 def sha256_of(path: Path) -> str:
     """The hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -365,8 +348,7 @@ def read_manifest(root: Path) -> Manifest:
 def read_versioned(file: Path, model: type[M], newest: int, advice: str) -> M:
     """A JSON file that gives its ``format_version``, 1 to ``newest``.
 
-    Raises:
-        BundleError: it is none, or does not fit ``model``; ``advice`` ends the message.
+    ``BundleError`` if it is none, or does not fit ``model``; ``advice`` ends the message.
     """
     try:
         if file.stat().st_size > _JSON_LIMIT:
@@ -399,14 +381,7 @@ def read_versioned(file: Path, model: type[M], newest: int, advice: str) -> M:
 def inside(root: Path, name: str) -> Path:
     """``root / name`` with links followed, which must end up inside ``root``."""
     windows = PureWindowsPath(name)
-    if (
-        not name
-        or "\0" in name
-        or PurePosixPath(name).is_absolute()
-        or windows.drive
-        or windows.root
-        or ".." in windows.parts
-    ):
+    if not name or "\0" in name or windows.drive or windows.root or ".." in windows.parts:
         raise BundleError(
             f"The bundle {root} names {name!r}, which leads outside it; such a bundle is not "
             "opened. Get it from a source you trust."

@@ -46,16 +46,6 @@ FORMATS = (*PICTURE_FORMATS, "NPY")
 MAX_PIXELS = 64_000_000
 _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
-# Where the pixels of a picture lie in one that is to be looked at, by its EXIF orientation.
-_PLACES: dict[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
-    2: lambda upright: upright[:, ::-1],
-    3: lambda upright: upright[::-1, ::-1],
-    4: lambda upright: upright[::-1],
-    5: lambda upright: upright.swapaxes(0, 1),
-    6: lambda upright: np.rot90(upright, 1),
-    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
-    8: lambda upright: np.rot90(upright, -1),
-}
 # Memory per pixel that decoding takes at most, in bytes: what Pillow and the libraries under it
 # hold, and the result. Measured over the kinds of each format by benchmarks.serving.big_pictures.
 _DECODING = {"PNG": 9, "BMP": 9, "JPEG": 9, "TIFF": 11, "WEBP": 17}
@@ -373,7 +363,10 @@ def _to_rgb(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     turned = _orientation(image)
     size = (image.width, image.height) if turned in _ON_ITS_SIDE else (image.height, image.width)
     upright = np.empty((*size, 3), np.uint8)
-    pixels = _PLACES[turned](upright) if turned in _PLACES else upright
+    # The picture as its file has it: with rows for columns, from the bottom, from the right.
+    pixels = upright.swapaxes(0, 1) if turned in _ON_ITS_SIDE else upright
+    pixels = pixels[::-1] if turned in (3, 4, 6, 7) else pixels
+    pixels = pixels[:, ::-1] if turned in (2, 3, 7, 8) else pixels
     step = max(_STRIP // image.width, 1)
     for top in range(0, image.height, step):
         strip = image.crop((0, top, image.width, min(top + step, image.height)))

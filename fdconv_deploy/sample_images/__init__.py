@@ -31,15 +31,10 @@ _COVERED = ((1.0, 0.875), (0.75, 1.0), (1.0, 1.0))
 
 
 def sample_image(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A packaged picture, cropped to the aspect ratio of ``size`` and resized to it.
+    """A packaged picture cropped and resized to a (height, width): (height, width, 3) uint8 RGB.
 
-    Args:
-        number: which picture, from 0. Past the last one the pictures come again, mirrored, and
-            after that cropped elsewhere: the same number always gives the same pixels.
-        size: height and width in pixels.
-
-    Returns:
-        ``(height, width, 3)`` uint8, RGB.
+    ``number`` tells which, from 0. Past the last one the pictures come again, mirrored, and after
+    that cropped elsewhere: the same number always gives the same pixels.
     """
     picture: NDArray[Any] = _picture(number % COUNT)
     again = number // COUNT
@@ -70,11 +65,8 @@ def sample_batch(
 ) -> NDArray[np.float32]:
     """Packaged pictures as a network takes them: ``(batch, channels, height, width)``.
 
-    Args:
-        batch: how many.
-        size: height and width in pixels.
-        preprocessing: the published one if not given; for other bands see `scene_bands`.
-        seed: which pictures: the same for the same seed, others for another.
+    ``preprocessing`` is the published one if not given, for other bands see `scene_bands`; ``seed``
+    tells which pictures.
     """
     how = preprocessing or Preprocessing()
     scenes = (scene_bands(sample_image(seed * batch + n, size), how) for n in range(batch))
@@ -97,8 +89,7 @@ def sample_detector_batch(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Pictures that cover different parts of a detector's input, by ``seed`` as `sample_batch`.
 
-    Returns:
-        ``images`` ``(batch, 3, height, width)`` and ``sizes`` ``(batch, 2)``.
+    They are ``images`` ``(batch, 3, height, width)`` and ``sizes`` ``(batch, 2)``.
     """
     covered = (_COVERED[number % len(_COVERED)] for number in range(batch))
     sizes = [(int(size[0] * rows), int(size[1] * columns)) for rows, columns in covered]
