@@ -118,11 +118,8 @@ def load_image(
     Returns:
         (H, W, C) of the file's own type.
 
-    Raises:
-        UnsupportedImageError: of another format.
-        ImageTooLargeError: over ``max_pixels``.
-        ImageError: no such file, empty, cut off, damaged, or of other bands than the network's.
-        FDConvError: a package that reads TIFF files is not installed.
+    Raises as :func:`read_image`; ``ImageError`` also for other bands than the network's, and
+    ``FDConvError`` where a package that reads TIFF files is not installed.
     """
     if preprocessing.loading == "color":
         return read_image(source, max_pixels=max_pixels)
@@ -286,17 +283,11 @@ class _BoundedReader(io.BufferedReader):
 
 
 class ImageCost(NamedTuple):
-    """What an image takes, as its header says.
+    """What an image takes, as its header says, in bytes."""
 
-    Attributes:
-        size: (height, width) as stored.
-        decoding: bytes of memory while it is decoded, its pixels among them.
-        pixels: bytes of its decoded pixels, and as what the network is given them.
-    """
-
-    size: tuple[int, int]
-    decoding: int
-    pixels: int
+    size: tuple[int, int]  # height and width as stored
+    decoding: int  # memory while it is decoded, its pixels among them
+    pixels: int  # its decoded pixels, and as what the network is given them
 
 
 def image_cost(

@@ -314,9 +314,9 @@ class CudaGraph:
 
     def _run(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:
         try:
-            self.copy_in(feeds)
-            self.compute()
-            return self.copy_out()
+            self._copy_in(feeds)
+            self._compute()
+            return self._copy_out()
         except Exception as error:
             raise _failed(error, self._name) from error
 
@@ -325,7 +325,7 @@ class CudaGraph:
         return self._thread.submit(self._phases, feeds).result()
 
     def _phases(self, feeds: Tensors) -> Phases:
-        steps = (lambda: self.copy_in(feeds), self.compute, self.copy_out, self.compute)
+        steps = (lambda: self._copy_in(feeds), self._compute, self._copy_out, self._compute)
         times = []
         for step in steps:
             start = time.perf_counter()
@@ -333,17 +333,14 @@ class CudaGraph:
             times.append(time.perf_counter() - start)
         return Phases(*times)
 
-    def copy_in(self, feeds: Tensors) -> None:
-        """Inputs to the GPU. This and what follows: on the one thread only."""
+    def _copy_in(self, feeds: Tensors) -> None:
         for name, value in feeds.items():
             self._inputs[name].update_inplace(np.ascontiguousarray(value))
 
-    def compute(self) -> None:
-        """Run, and wait for it."""
+    def _compute(self) -> None:
         self._session.run_with_iobinding(self._binding)
 
-    def copy_out(self) -> dict[str, npt.NDArray[Any]]:
-        """Outputs to arrays of the caller's own."""
+    def _copy_out(self) -> dict[str, npt.NDArray[Any]]:
         return {name: value.numpy() for name, value in self._outputs.items()}
 
 
