@@ -48,7 +48,8 @@ _FORMATS_TEXT = "JPEG, PNG, WebP, BMP or TIFF"
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 # Memory per pixel that decoding takes at most, in bytes: what Pillow and the libraries under it
 # hold, and the result. Measured over the kinds of each format by benchmarks.serving.big_pictures.
-_DECODING = {"PNG": 9, "BMP": 9, "JPEG": 9, "TIFF": 11, "WEBP": 17}
+# MPO is JPEG with further pictures behind the first, as phones write them.
+_DECODING = {"PNG": 9, "BMP": 9, "JPEG": 9, "MPO": 9, "TIFF": 11, "WEBP": 17}
 # Pixels that are converted at a time.
 _STRIP = 1 << 20
 _FLAGS = {"grayscale": cv2.IMREAD_GRAYSCALE, "unchanged": cv2.IMREAD_UNCHANGED}

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fdconv_deploy.config import Preprocessing
 from fdconv_deploy.errors import ImageError
 from fdconv_deploy.runtime.images import (
     MAX_PIXELS,
     PICTURE_FORMATS,
+    ImageFile,
     ImageTooLargeError,
     UnsupportedImageError,
+    image_cost,
     image_size,
     read_image,
 )
@@ -241,3 +244,14 @@ def test_damage_gives_an_image_or_an_image_error(whole: bytes, at: int, junk: by
         return
     assert found.dtype == np.uint8
     assert found.shape[2] == 3
+
+
+def test_of_a_jpeg_of_several_pictures_the_first_is_taken() -> None:
+    """As phones write them, with a smaller one or a map of depths behind."""
+    image = Image.fromarray(picture())
+    alone = encoded(image, "JPEG")
+    several = encoded(image, "MPO", save_all=True, append_images=[image.resize((8, 6))])
+    assert Image.open(io.BytesIO(several)).format == "MPO"
+    assert np.array_equal(read_image(several), read_image(alone))
+    cost, expected = (image_cost(ImageFile.of(data), Preprocessing()) for data in (several, alone))
+    assert cost == expected
