@@ -54,7 +54,7 @@ class Assembly:
             folded, bands=None, channel_side="kernel", filter_side="kernel"
         )
         assert folded.spectrum is not None
-        spectrum = kernel_spectrum(folded.spectrum.by_frequency())
+        spectrum = kernel_spectrum(*folded.spectrum.by_frequency())
         self.sizes = assembly_sizes(folded, spectrum)
         generator = torch.Generator().manual_seed(0)
         average = torch.randn(batch, folded.in_channels, generator=generator).to(device)

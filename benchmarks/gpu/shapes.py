@@ -57,7 +57,7 @@ RESNET50 = _resnet50()
 def layer_sizes(out_channels: int, in_channels: int, kernel: int) -> AssemblySizes:
     """Of a layer with everything the published one has, all of it on the kernel."""
     rows, columns = out_channels * kernel, in_channels * kernel
-    width = tile_columns(rows, columns)
+    width = tile_columns(rows, columns // 2 + 1)
     spatial = kernel**2 if kernel > 1 else 0
     return AssemblySizes(
         out_channels,

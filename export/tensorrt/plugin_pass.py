@@ -21,7 +21,7 @@ from onnx import ModelProto
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.layers import Nodes, producer_of, rows_met, take_over
-from fdconv_deploy.folding.spectrum import half_spectrum
+from fdconv_deploy.folding.spectrum import unfold_spectrum
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
@@ -158,7 +158,7 @@ def _spectrum(node: gs.Node, named: Named) -> KernelSpectrum:
     groups = _values(named["patterns"])[_values(named["blocks"])].reshape(len(values), -1)
     if groups.shape[1] != len(columns) * len(slots):
         raise _unknown(node.name)
-    return kernel_spectrum(half_spectrum(rows, slots, columns, values, groups))
+    return kernel_spectrum(*unfold_spectrum(rows, slots, columns, values, groups))
 
 
 def _gate_matrix(node: gs.Node, attention: gs.Tensor) -> gs.Tensor:

@@ -242,66 +242,60 @@ class FoldedSpectrum:
         """C."""
         return self.column_transform.length
 
-    def by_frequency(self) -> HalfSpectrum:
-        """The same in plain order."""
+    def by_frequency(self) -> tuple[NDArray[np.complex64], Indices]:
+        """As `unfold_spectrum` gives it."""
         slots, columns = self.row_transform.slots.reshape(-1), self.column_transform.frequencies
-        return half_spectrum(self.rows, slots, columns, self.values, self.groups)
+        return unfold_spectrum(self.rows, slots, columns, self.values, self.groups)
 
 
-@dataclass(frozen=True)
-class HalfSpectrum:
-    """Half of the spectra of a kernel matrix of ``rows`` × ``columns``, in plain order.
-
-    frequencies: ``(S,)`` int64, the row frequency q of each stored row, 0 … rows//2, a second time
-    where a row has bins in two groups (the transform adds the two). values: ``(P, S, columns)``
-    complex64, column frequencies in natural order; groups: ``(P, S, columns)`` int64.
-    """
-
-    rows: int
-    columns: int
-    frequencies: Indices
-    values: NDArray[np.complex64]
-    groups: Indices
-
-
-def half_spectrum(
-    length: int,
+def unfold_spectrum(
+    rows: int,
     row_frequencies: Indices,
     column_frequencies: Indices,
     values: NDArray[np.float32],
     groups: NDArray[Any],
-) -> HalfSpectrum:
-    """Bring ``values`` and ``groups`` of a `FoldedSpectrum` of ``length`` rows into plain order.
+) -> tuple[NDArray[np.complex64], Indices]:
+    """Values and groups of a `FoldedSpectrum`, back to half of the columns and all R ``rows``.
+
+    Each ``(P, R, C//2+1)``; the kernels' spectrum is again the sum over P of values · attention.
+    Of column 0 and the Nyquist column the transform keeps the real part alone, so of two rows that
+    mirror each other there the lower one counts for both; the upper one holds what is weighed by
+    another attention.
 
     Args:
         row_frequencies: of each row slot, ``(slots,)``, -1 where nothing is stored.
         column_frequencies: of each place along the columns, ``(C,)``.
     """
-    used = np.flatnonzero(row_frequencies >= 0)
-    rows = row_frequencies[used]
+    columns = len(column_frequencies)
 
-    def natural(array: NDArray) -> NDArray:  # (P, F, fm, slot) -> (P, used slot, f)
-        places = array.reshape(len(array), len(column_frequencies), -1)[:, :, used]
+    def natural(array: NDArray) -> NDArray:  # (P, F, fm, slot) -> (P, slot, f)
+        places = array.reshape(len(array), columns, -1)
         result = np.empty_like(places)
         result[:, column_frequencies] = places
         return result.transpose(0, 2, 1)
 
-    weight = np.where((rows == 0) | (2 * rows == length), 1.0, 2.0)
-    half = natural(values[:, :, 0] + 1j * values[:, :, 1]) / weight[:, None]
-    owner = natural(groups).astype(np.int64)
-    image = 2 * rows > length
-    half[:, image] = np.conj(_mirror(half[:, image], 2))
-    owner[:, image] = _mirror(owner[:, image], 2)
-    rows = np.where(image, length - rows, rows)
-    # Of a frequency's two slots the further one comes last, as it does in the layout.
-    order = np.argsort(rows, kind="stable")
-    return HalfSpectrum(
-        length,
-        len(column_frequencies),
-        rows[order],
-        half[:, order].astype(np.complex64),
-        owner[:, order],
-    )
+    stored = natural(values[:, :, 0] + 1j * values[:, :, 1])
+    stored_owner = natural(groups).astype(np.int64)
+    full = np.zeros((len(values), rows, columns // 2 + 1), dtype=np.complex64)
+    owner = np.zeros(full.shape, dtype=np.int64)
+    single, inner = _self_mirrored(columns), np.arange(1, (columns + 1) // 2)
+    seen: set[int] = set()
+    for slot, q in enumerate(row_frequencies.tolist()):
+        if q < 0:
+            continue
+        value, group, image = stored[:, slot], stored_owner[:, slot], -q % rows
+        lower, own = min(q, image), value[:, single]
+        own = own.conj() if q > image else own
+        if q in seen:  # a second slot: of these columns only
+            full[:, -lower, single], owner[:, -lower, single] = own.conj(), group[:, single]
+            continue
+        seen.add(q)
+        full[:, lower, single], owner[:, lower, single] = own, group[:, single]
+        # Stored twice over where it stands for its mirror image, too.
+        inside = value if q == image else value / 2
+        full[:, image, inner], owner[:, image, inner] = inside[:, -inner].conj(), group[:, -inner]
+        full[:, q, inner], owner[:, q, inner] = inside[:, inner], group[:, inner]
+    return full, owner
 
 
 def _mirror(array: NDArray, axis: int) -> NDArray:

@@ -215,7 +215,7 @@ class FusedConv2d(nn.Module):
         constants: dict[str, np.ndarray | None] = {}
         if self.dynamic:
             assert folded.spectrum is not None
-            spectrum = kernel_spectrum(folded.spectrum.by_frequency())
+            spectrum = kernel_spectrum(*folded.spectrum.by_frequency())
             sizes = assembly_sizes(folded, spectrum)
             modulation, norm, local = folded.modulation, folded.modulation.norm, folded.local
             pooling = Pooling(

@@ -59,12 +59,8 @@ def frequency_assembly(attention: Float64, spectrum: FoldedSpectrum) -> Float64:
     Returns:
         ``(B, R, C)`` float64.
     """
-    rows, columns = spectrum.rows, spectrum.columns
-    stored = spectrum.by_frequency()
-    by_slot = (stored.values.astype(np.complex128) * attention[:, stored.groups]).sum(1)
-    half = np.zeros((len(attention), rows // 2 + 1, columns), dtype=np.complex128)
-    for place, q in enumerate(stored.frequencies):
-        half[:, q] += by_slot[:, place]
+    values, groups = spectrum.by_frequency()
+    total = (values.astype(np.complex128) * attention[:, groups]).sum(1)
     # numpy normalises, the folded spectrum already is.
-    matrix = np.fft.irfft(np.fft.ifft(half, axis=2), n=rows, axis=1)
-    return matrix * (rows * columns)
+    size = spectrum.rows, spectrum.columns
+    return np.fft.irfft2(total, s=size, norm="forward")

@@ -4,10 +4,9 @@ The kernels invert the spectrum as the published code does, rows of the kernel m
 then its columns onto real numbers; a folded spectrum is stored the other way round (half of
 the rows). This way round a kernel's rows come out whole, so the modulation finds all of an
 output channel's weights in one program; and no row whose two mirror images are weighed by
-different attentions needs a second slot: columns 0 and C/2 store all rows, and only the real part
-of their transform counts.
+different attentions needs a second slot, see `unfold_spectrum`.
 
-Sizes: R rows, C columns, P planes, h = C/2. A tile is ``tile_columns`` columns of the h + 1.
+Sizes: R rows, C columns, P planes. A tile is ``tile_columns`` columns of the C/2 + 1.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fdconv_deploy.folding.spectrum import HalfSpectrum
 from fdconv_deploy.ops.attention.launch import (
     ATTENTION,
     PARTS,
@@ -135,14 +133,14 @@ def root_table(length: int, transform: Transform | None) -> NDArray[np.float32]:
     return np.stack([table.real, table.imag]).astype(np.float32)
 
 
-def tile_columns(rows: int, columns: int) -> int:
-    """Columns per program of the row kernel."""
+def tile_columns(rows: int, stored: int) -> int:
+    """Columns per program of the row kernel, of C/2 + 1 ``stored`` ones."""
     transform = transform_of(rows)
     if transform is None:
         return 4
     # Two where four leave multiprocessors of a large GPU idle: with the rows that the second kernel
     # takes together they still make full 32-byte sectors. Short columns need more to fill a warp.
-    width = 4 if columns // 2 + 1 > 4 * 128 else 2
+    width = 4 if stored > 4 * 128 else 2
     return max(width, 32 // transform.block)
 
 
@@ -159,50 +157,18 @@ class KernelSpectrum:
     groups: NDArray[np.uint8] | NDArray[np.int32]
 
 
-def _half_columns(spectrum: HalfSpectrum) -> tuple[NDArray[np.complex64], NDArray[np.int64]]:
-    """Values and groups ``(P, R, C/2 + 1)`` whose transform's real part is the kernel matrix."""
-    rows, columns = spectrum.rows, spectrum.columns
-    half = columns // 2
-    values, groups = spectrum.values, spectrum.groups
-    ratio = len(values)
-    full = np.zeros((ratio, rows, half + 1), dtype=np.complex64)
-    owner = np.zeros((ratio, rows, half + 1), dtype=np.int64)
-    # The columns that are their own mirror images: an odd number of columns has no middle one.
-    own = [0] if columns % 2 else [0, half]
-    inner = slice(1, (columns + 1) // 2)
-    seen: set[int] = set()
-    for place, q in enumerate(spectrum.frequencies.tolist()):
-        value, group, mirror = values[:, place], groups[:, place], (rows - q) % rows
-        if q in seen:
-            # The transform keeps the real part of twice this; so does its conjugate's at -q.
-            assert not np.delete(value, own, axis=1).any(), "second slots hold columns 0 and C/2"
-            full[:, mirror, own] = 2 * value[:, own].conj()
-            owner[:, mirror, own] = group[:, own]
-            continue
-        seen.add(q)
-        full[:, q], owner[:, q] = value[:, : half + 1], group[:, : half + 1]
-        if mirror == q:
-            continue
-        full[:, q, own] *= 2
-        full[:, mirror, inner] = value[:, half + 1 :][:, ::-1].conj()
-        owner[:, mirror, inner] = group[:, half + 1 :][:, ::-1]
-    return full, owner
-
-
-def kernel_spectrum(spectrum: HalfSpectrum) -> KernelSpectrum:
-    """Lay a layer's spectra out for the kernels."""
-    width = tile_columns(spectrum.rows, spectrum.columns)
-    values, groups = _half_columns(spectrum)
+def kernel_spectrum(values: NDArray[np.complex64], groups: NDArray[np.int64]) -> KernelSpectrum:
+    """Lay a layer's spectra out for the kernels, as `unfold_spectrum` gives them."""
     ratio, rows, used = values.shape
+    width = tile_columns(rows, used)
     tiles = -(-used // width)
     spare = ((0, 0), (0, 0), (0, tiles * width - used))
 
     def tiled(array: NDArray) -> NDArray:  # (P, R, columns) -> (tiles, P, R, width)
         return np.pad(array, spare).reshape(ratio, rows, tiles, width).transpose(2, 0, 1, 3)
 
-    values, groups = tiled(values), tiled(groups)
-    compact = groups.astype(np.uint8 if groups.max(initial=0) <= 255 else np.int32)
-    parts = np.stack([values.real, values.imag], axis=2)
+    parts = np.stack([tiled(values.real), tiled(values.imag)], axis=2)
+    compact = tiled(groups).astype(np.uint8 if groups.max(initial=0) <= 255 else np.int32)
     return KernelSpectrum(np.ascontiguousarray(parts), np.ascontiguousarray(compact))
 
 

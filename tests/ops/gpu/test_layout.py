@@ -43,7 +43,7 @@ def test_the_layout_holds_the_same_spectrum(case):
     folded = fold_layer(enliven(FDConv2d(**arguments), seed), size)
     assert folded.spectrum is not None
     gates = np.random.default_rng(seed).random((2, folded.modulation.kernel))
-    spectrum = kernel_spectrum(folded.spectrum.by_frequency())
+    spectrum = kernel_spectrum(*folded.spectrum.by_frequency())
     values = spectrum.values[:, :, 0] + 1j * spectrum.values[:, :, 1].astype(np.float64)
     total = (values * gates[:, spectrum.groups]).sum(2)  # (B, tiles, R, width)
     rows, columns = folded.spectrum.rows, folded.spectrum.columns
@@ -100,7 +100,7 @@ def sizes_of(out_channels: int, in_channels: int, kernel_size: tuple[int, int]) 
     )  # fmt: skip
     folded = fold_layer(enliven(layer), (9, 9))
     assert folded.spectrum is not None
-    return assembly_sizes(folded, kernel_spectrum(folded.spectrum.by_frequency()))
+    return assembly_sizes(folded, kernel_spectrum(*folded.spectrum.by_frequency()))
 
 
 @pytest.mark.parametrize("given", SIZES[2:], ids=str)
@@ -173,7 +173,7 @@ def test_the_benchmarks_shapes_are_the_networks():
     layer = next(m for m in network.modules() if isinstance(m, FDConv2d) and m.is_dynamic)
     folded = fold_layer(enliven(layer), (8, 8))
     assert folded.spectrum is not None
-    made = assembly_sizes(folded, kernel_spectrum(folded.spectrum.by_frequency()))
+    made = assembly_sizes(folded, kernel_spectrum(*folded.spectrum.by_frequency()))
     named = layer_sizes(layer.out_channels, layer.in_channels, layer.kernel_size[0])
     # A small feature map: its gates scale that, not the kernel.
     assert made == replace(named, filter_at=made.filter_at, channel_at=made.channel_at)
