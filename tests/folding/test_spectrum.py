@@ -15,9 +15,9 @@ from fdconv_deploy.folding.layer import fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.folding.spectrum import fold_spectrum, straddling_rows
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from tests.reference import bin_order
 from tests.reference.lively import enliven, error, lively_input, seeded
+from tests.reference.operators import frequency_assembly
 
 
 def assembled(spectra: np.ndarray, groups: np.ndarray, attention: np.ndarray, columns: int):

@@ -16,10 +16,10 @@ from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.folding.spectrum import complex_factors, real_factors
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from fdconv_deploy.ops.frequency_assembly.function import AssemblyForm
 from tests.ops.single import fdconv_node, inputs_of, layer_model, run
 from tests.reference.lively import enliven, error, lively_input
+from tests.reference.operators import frequency_assembly
 
 CHANNELS, FILTERS = 18, 20
 KINDS = [dict(spatial_kernel=False), dict(spatial_kernel=True)]

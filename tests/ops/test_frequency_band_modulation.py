@@ -14,11 +14,11 @@ from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.folding.module import FoldedConv2d
 from fdconv_deploy.nn import FDConv2d
 from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
-from fdconv_deploy.ops.frequency_band_modulation import frequency_band_modulation
 from fdconv_deploy.ops.frequency_band_modulation.function import BandForm
 from tests.ops.single import fdconv_node, layer_model, run
 from tests.reference.layer import convolve, sigmoid, softmax
 from tests.reference.lively import enliven, error, lively_input
+from tests.reference.operators import frequency_band_modulation
 
 K_LISTS = [(2,), (2, 4), (8, 2, 4), (2, 3, 4, 8)]
 SIZES = [(12, 8), (13, 15), (66, 97), (1, 1), (2, 3)]  # rows symmetric or not

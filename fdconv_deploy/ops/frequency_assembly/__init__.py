@@ -38,29 +38,3 @@ Attributes, beside the shapes that the body reshapes to:
 Layers differ in which inputs they have; each form is a function of its own, named after
 what it departs in from the published 3×3 layer.
 """
-
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
-
-from fdconv_deploy.folding.spectrum import FoldedSpectrum
-
-Float64 = NDArray[np.float64]
-
-
-def frequency_assembly(attention: Float64, spectrum: FoldedSpectrum) -> Float64:
-    """What the operator means: kernel matrices from kernel attention, by numpy's FFT.
-
-    Args:
-        attention: ``(B, n)``.
-        spectrum: of a matrix of R rows and C columns.
-
-    Returns:
-        ``(B, R, C)`` float64.
-    """
-    values, groups = spectrum.by_frequency()
-    total = (values.astype(np.complex128) * attention[:, groups]).sum(1)
-    # numpy normalises, the folded spectrum already is.
-    size = spectrum.rows, spectrum.columns
-    return np.fft.irfft2(total, s=size, norm="forward")

@@ -20,39 +20,3 @@ Attributes, beside the shapes that the body reshapes to: ``layer`` (its name), `
 ``feature_size`` H, W, ``softmax`` (1: over groups, in place of sigmoids) and ``complex_rows`` (1:
 projected rows are complex, real and imaginary parts a row each).
 """
-
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
-
-Float64 = NDArray[np.float64]
-
-
-def frequency_band_modulation(x: Float64, weights: Float64, masks: Float64) -> Float64:
-    """What the operator means: each band of ``x`` weighed, by numpy's FFT.
-
-    Args:
-        x: ``(B, I, H, W)``.
-        weights: ``(weighted, B, g, H, W)``, one map per band and group; one more than there
-            are masks where the last low-pass is weighted too.
-        masks: ``(bands, H, W//2+1)`` of 0 and 1.
-
-    Returns:
-        ``(B, I, H, W)`` float64.
-    """
-    batch, channels, height, width = x.shape
-    groups = weights.shape[2]
-    spectrum = np.fft.rfft2(x)
-    # numpy's irfft2 inverts rows, then drops imaginary parts of column 0, as torch's does.
-    lows = [np.fft.irfft2(spectrum * mask, s=(height, width)) for mask in masks]
-    previous, total = x, np.zeros_like(x)
-
-    def weighted(band: int, part: Float64) -> Float64:
-        grouped = part.reshape(batch, groups, channels // groups, height, width)
-        return (weights[band][:, :, None] * grouped).reshape(x.shape)
-
-    for band, low in enumerate(lows):
-        total = total + weighted(band, previous - low)
-        previous = low
-    return total + (weighted(len(lows), previous) if len(weights) > len(lows) else previous)

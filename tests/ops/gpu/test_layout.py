@@ -18,7 +18,6 @@ from fdconv_deploy.folding.network import input_sizes
 from fdconv_deploy.nn import FDConv2d, ResNet
 from fdconv_deploy.nn.fdconv import dynamic_layers
 from fdconv_deploy.ops.attention.launch import PARTS, GateSizes, Pooling
-from fdconv_deploy.ops.frequency_assembly import frequency_assembly
 from fdconv_deploy.ops.frequency_assembly.launch import (
     AssemblySizes,
     assembly_sizes,
@@ -33,6 +32,7 @@ from fdconv_deploy.ops.frequency_assembly.launch import (
 )
 from tests.reference.arguments import layer_arguments
 from tests.reference.lively import enliven
+from tests.reference.operators import frequency_assembly
 
 
 @settings(deadline=None, max_examples=40)
