@@ -14,14 +14,14 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +75,7 @@ def launches(network: nn.Module, x: Tensor) -> list[Launched]:
         state: dict[str, Tensor] = {
             name: mode.from_tensor(tensor) for name, tensor in tensors.items()
         }
-        with without_gpu(), _noting(noted), _Noting(noted):
+        with without_gpu(), noting_kernels(partial(_note, noted)), _Noting(noted):
             functional_call(network, state, (mode.from_tensor(x),))
     return noted
 
@@ -89,19 +89,19 @@ def _bytes(values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
 
 
+def _note(noted: list[Launched], launch: KernelLaunch, *tensors: Tensor | None) -> None:
+    *inputs, output = tensors
+    assert inputs[0] is not None
+    batch = len(inputs[0])
+    read = _bytes(list({id(tensor): tensor for tensor in inputs}.values()))
+    read += _read_again(launch, batch)
+    one = Launched(launch.kernel, read, _bytes(output), launch=launch, batch=batch)
+    noted.append(one)
+
+
 @contextmanager
-def _noting(noted: list[Launched]) -> Iterator[None]:
-    """Let `run_kernel` note what it is asked for and run nothing."""
-
-    def note(launch: KernelLaunch, *tensors: Tensor | None) -> None:
-        *inputs, output = tensors
-        assert inputs[0] is not None
-        batch = len(inputs[0])
-        read = _bytes(list({id(tensor): tensor for tensor in inputs}.values()))
-        read += _read_again(launch, batch)
-        one = Launched(launch.kernel, read, _bytes(output), launch=launch, batch=batch)
-        noted.append(one)
-
+def noting_kernels(note: Callable[..., None]) -> Iterator[None]:
+    """Let ``note`` be called with what `run_kernel` is asked for, and nothing be run."""
     run = kernel_launch.run_kernel
     modules = [m for m in list(sys.modules.values()) if getattr(m, "run_kernel", None) is run]
     for module in modules:
@@ -135,9 +135,6 @@ class _Noting(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "fdconv":
-            with self:
-                return OPDEFS[func.name().split(".")[0]]._init_fn(*args, **kwargs)
         answer = func(*args, **kwargs)
         packet = func.overloadpacket
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

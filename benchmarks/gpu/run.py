@@ -288,9 +288,10 @@ def compile_all(record: Record, networks: Any, capability: int) -> None:
     import torch
 
     from benchmarks.gpu.kernels import Assembly
+    from benchmarks.gpu.launches import noting_kernels
     from benchmarks.gpu.own_ptx import plugin_launches
     from fdconv_deploy.ops.compile_kernels import oldest_ptx, precompile, target_for
-    from fdconv_deploy.ops.launch import collected_launches, starts_early
+    from fdconv_deploy.ops.launch import starts_early
 
     workers = len(os.sched_getaffinity(0))
     dry = record.content["dry_run"]
@@ -298,12 +299,11 @@ def compile_all(record: Record, networks: Any, capability: int) -> None:
     plugins = plugin_launches(layers)
     target = target_for(capability)
     precompile(plugins, target, ptx_version=oldest_ptx(target), workers=workers)
-    launched = []
+    launched: list[Any] = []
     if not dry and target == capability:
-        with collected_launches() as found, torch.no_grad():
+        with noting_kernels(lambda launch, *_: launched.append(launch)), torch.no_grad():
             for dtype in (torch.float16, torch.float32):
                 networks.fused("FDConv", dtype, 1)(networks.image.to("cuda"))
-        launched += found
         for layer, folded in layers.values():
             assembly = Assembly(layer, folded, 1, "cpu")
             forms = (torch.float16, True), (torch.float32, False), (torch.float32, True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -125,21 +124,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-_collected: list[KernelLaunch] | None = None
-
-
-@contextmanager
-def collected_launches() -> Iterator[list[KernelLaunch]]:
-    """Within this context `run_kernel` lists the launches that it is asked for, and runs none."""
-    global _collected
-    found: list[KernelLaunch] = []
-    _collected = found
-    try:
-        yield found
-    finally:
-        _collected = None
-
-
 def run_kernel(launch: KernelLaunch, *tensors: Tensor | None) -> None:
     """Run a Triton kernel for the images of its first tensor, on the current CUDA stream.
 
@@ -149,12 +133,10 @@ def run_kernel(launch: KernelLaunch, *tensors: Tensor | None) -> None:
     Raises:
         BackendError: the tensors are not on a CUDA device, and Triton does not interpret.
     """
-    if _collected is not None:
-        _collected.append(launch)
-        return
     pairs = [(kind, one) for (_, kind), one in zip(launch.arguments, tensors, strict=True)]
     of_kind = {kind: tensor for kind, tensor in pairs if tensor is not None}
     given = [of_kind[kind] if tensor is None else tensor for kind, tensor in pairs]
+    early = False
     if not interpreting():
         if not given[0].is_cuda:
             raise BackendError(
@@ -162,10 +144,19 @@ def run_kernel(launch: KernelLaunch, *tensors: Tensor | None) -> None:
                 "Move the network and its inputs to 'cuda', or use the folded network or ONNX "
                 "Runtime on the CPU."
             )
-        if starts_early(*_capability(given[0].device.index)):
-            launch = launch.early()
-    function = kernel_function(launch.kernel)
-    function[launch.grid(len(given[0]))](*given, launch.specialised(), **launch.options())
+        early = starts_early(*_capability(given[0].device.index))
+    function, constants, options = _started(launch, early, interpreting())
+    function[launch.grid(len(given[0]))](*given, constants, **options)
+
+
+# Networks launch the same few hundred over and over.
+@lru_cache(maxsize=2048)
+def _started(
+    launch: KernelLaunch, early: bool, _interpreting: bool
+) -> tuple[Any, Constants, dict[str, Any]]:
+    """What a kernel is started by: its function, last argument and options."""
+    launch = launch.early() if early else launch
+    return kernel_function(launch.kernel), launch.specialised(), launch.options()
 
 
 @lru_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fdconv_deploy.ops.launch import KernelLaunch, constants_of, make_launch, power_of_two
@@ -98,6 +99,7 @@ def pool_launch(pooling: Pooling, channels_last: bool, dtype: str = "float32") -
     return pooling.launch("pool_kernel", "x hidden_weight partial", channels_last, dtype)
 
 
+@lru_cache(maxsize=2048)  # made anew at each call of a network
 def finish_launch(
     pooling: Pooling,
     channels_last: bool,
