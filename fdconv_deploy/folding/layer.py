@@ -79,16 +79,23 @@ def convolved_size(
     return length(0), length(1)
 
 
-def padding_of(layer: FDConv2d) -> tuple[int, int, int, int]:
-    """Pixels at the top, left, bottom and right."""
-    if isinstance(layer.padding, str):
-        if layer.padding == "valid":
+def sides_of(
+    padding: Sequence[int] | str, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """Pixels at the top, left, bottom and right, of a convolution's ``padding``."""
+    if isinstance(padding, str):
+        if padding == "valid":
             return 0, 0, 0, 0
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         top, left = total[0] // 2, total[1] // 2
         return top, left, total[0] - top, total[1] - left
-    vertical, horizontal = layer.padding
+    vertical, horizontal = padding[0], padding[-1]
     return vertical, horizontal, vertical, horizontal
+
+
+def padding_of(layer: FDConv2d) -> tuple[int, int, int, int]:
+    """Pixels at the top, left, bottom and right."""
+    return sides_of(layer.padding, layer.kernel_size, layer.dilation)
 
 
 def _cheapest(folded: FoldedConv) -> FoldedConv:

@@ -7,6 +7,7 @@ become one sigmoid; the factors left over multiply the kernel and fold into its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,15 +77,25 @@ class FoldedModulation:
         return bool(self.heads.any())
 
 
+def normalisation(held: Sequence[Float64 | None], epsilon: float) -> tuple[Float64, Float64]:
+    """A BatchNorm's inference form, ``scale`` and ``shift``, each ``(C,)``.
+
+    held: its weight and bias, if any, running mean and variance.
+    """
+    weight, bias, mean, variance = held
+    assert mean is not None
+    assert variance is not None
+    scale = 1 / np.sqrt(variance + epsilon)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
 def fold_batch_norm(bn: nn.BatchNorm2d) -> tuple[Float64, Float64]:
-    """A normalisation's inference form, ``scale`` and ``shift``, each ``(C,)``."""
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    scale = 1 / np.sqrt(array(bn.running_var) + bn.eps)
-    if bn.affine:
-        scale = scale * array(bn.weight)
-    shift = -array(bn.running_mean) * scale
-    return scale, shift + array(bn.bias) if bn.affine else shift
+    """`normalisation` of a module."""
+    held = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return normalisation([None if part is None else array(part) for part in held], bn.eps)
 
 
 def _hidden_norm(

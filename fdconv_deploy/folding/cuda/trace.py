@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.folding.cuda.layer import FinishedConv2d, FusedConv2d
-from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.folding.modulation import array
+from fdconv_deploy.folding.layer import FoldedConv, sides_of
+from fdconv_deploy.folding.modulation import array, normalisation
 from fdconv_deploy.folding.network import layer_stand_in, replace_layers
 
 ATEN = torch.ops.aten
@@ -35,6 +35,8 @@ class _Use(nn.Module):
     hidden: of the dynamic layer that reads what comes out, and takes it pooled.
     """
 
+    hidden: Tensor | None
+
     def __init__(self, layer: FusedConv2d | FinishedConv2d, relu: bool) -> None:
         super().__init__()
         self.layer, self.relu = layer, relu
@@ -44,25 +46,19 @@ class _Use(nn.Module):
         self, x: Tensor, partial: Tensor | None = None, shortcut: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """The outcome, with its pooled parts where ``hidden`` is set."""
-        given: dict[str, Any] = {"shortcut": shortcut, "hidden": self.hidden, "relu": self.relu}
-        if isinstance(self.layer, FusedConv2d):
-            if self.layer.folded.tokens:
-                return self.layer(x)
-            given["partial"] = partial
-        y, parts = self.layer.run(x, **given)
+        # ``partial`` is None for a plain convolution, whose weight is its own.
+        y, parts = self.layer.run(x, partial, shortcut, self.hidden, self.relu)
         return y if self.hidden is None else (y, parts)
 
 
 @dataclass
 class _Chain:
-    """A convolution's node and the nodes after it that become its end."""
+    """A convolution's node and the nodes after it that become its end, in order."""
 
-    first: fx.Node
-    last: fx.Node
+    nodes: list[fx.Node]
     norm: fx.Node | None = None
     shortcut: fx.Node | None = None
     relu: bool = False
-    others: list[fx.Node] = field(default_factory=list)
 
 
 def trace_fused(
@@ -90,11 +86,6 @@ def trace_fused(
             node.update_kwarg("device", device)
     # Of no export any more, with what is used alone.
     return fx.GraphModule(traced, traced.graph).to(device)
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    readers = list(node.users)
-    return readers[0] if len(readers) == 1 else None
 
 
 def _changed_between(first: fx.Node, last: fx.Node, own: Sequence[fx.Node] = ()) -> bool:
@@ -132,7 +123,7 @@ class _Fusing:
     ) -> None:
         self.network, self.traced, self.folded = network, traced, folded
         self.dtype, self.channels_last = dtype, channels_last
-        self.made: dict[tuple[str, ...], FusedConv2d | FinishedConv2d] = {}
+        self.made: dict[Any, FusedConv2d] = {}
 
     def run(self) -> None:
         graph = self.traced.graph
@@ -150,7 +141,7 @@ class _Fusing:
         graph.eliminate_dead_code()
         graph.lint()
 
-    def _values(self, node: Any) -> np.ndarray | None:
+    def _values(self, node: Any) -> Any:
         """A parameter's or buffer's values in float64, as the network holds it."""
         if node is None:
             return None
@@ -165,87 +156,72 @@ class _Fusing:
         )
 
     def _chain(self, first: fx.Node) -> _Chain:
-        chain = _Chain(first, first)
+        chain = _Chain([first])
         while (
-            (reader := _only_reader(chain.last)) is not None
-            and not _changed_between(first, reader, [*chain.others, chain.last])
-            and self._taken(chain, reader)
+            len(readers := list(chain.nodes[-1].users)) == 1
+            and not _changed_between(first, readers[0], chain.nodes)
+            and self._taken(chain, readers[0])
         ):
-            chain.others.append(chain.last)
-            chain.last = reader
+            chain.nodes += readers
         return chain
 
     def _taken(self, chain: _Chain, reader: fx.Node) -> bool:
         """Take a node into the chain if it may come next."""
-        if chain.relu or reader.op != "call_function":
+        if chain.relu or reader.op != "call_function" or len(_shape(chain.nodes[0]) or ()) != 4:
             return False
-        first = chain.first
-        is_map = len(_shape(first) or ()) == 4
         if reader.target in NORM:
-            fits = is_map and chain.shortcut is None and chain.norm is None and not reader.args[5]
+            fits = chain.shortcut is None and chain.norm is None and not reader.args[5]
             if fits:
                 chain.norm = reader
             return fits
         if reader.target in SUM:
+            last = chain.nodes[-1]
             fits = (
-                is_map
-                and chain.shortcut is None
+                chain.shortcut is None
                 and not reader.kwargs.get("alpha")
                 and len({_shape(given) for given in reader.args[:2]}) == 1
                 and reader.args[0] is not reader.args[1]
                 # Else the shortcut itself changes, which others may see through a view of it.
-                and (reader.target is ATEN.add.Tensor or reader.args[0] is chain.last)
+                and (reader.target is ATEN.add.Tensor or reader.args[0] is last)
             )
             if fits:
                 left, right = reader.all_input_nodes
-                chain.shortcut = right if left is chain.last else left
+                chain.shortcut = right if left is last else left
             return fits
-        if reader.target in RELU and is_map:
-            chain.relu = True
-            return True
-        return False
+        chain.relu = reader.target in RELU
+        return chain.relu
 
     def _replace(self, chain: _Chain) -> None:
-        graph, first, last = self.traced.graph, chain.first, chain.last
-        layer = self._layer(first, chain.norm)
-        name = f"fused_{len(self.made)}_{first.name}"
-        self.traced.add_module(name, _Use(layer, chain.relu))
+        graph, first, last = self.traced.graph, chain.nodes[0], chain.nodes[-1]
+        name = f"fused_{first.name}"
+        self.traced.add_module(name, _Use(self._layer(first, chain.norm), chain.relu))
         with graph.inserting_after(last):
-            arguments = (first.args[0], None, chain.shortcut)
-            call = graph.call_module(name, arguments)
+            call = graph.call_module(name, (first.args[0], None, chain.shortcut))
         call.meta["val"] = last.meta["val"]
         last.replace_all_uses_with(call)
-        for node in (last, *reversed(chain.others)):
+        for node in reversed(chain.nodes):
             graph.erase_node(node)
 
     def _layer(self, node: fx.Node, norm: fx.Node | None) -> FusedConv2d | FinishedConv2d:
-        scale, shift = (None, None) if norm is None else self._normalisation(norm)
-        if node.target is LAYER:
-            name = str(node.args[1])
-            key = name, "" if norm is None else norm.args[1:5].__repr__()
-            if key not in self.made:
-                folded = _normalised(self.folded[name], scale, shift)
-                self.made[key] = FusedConv2d(folded, self.dtype, self.channels_last)
-            return self.made[key]
-        return self.made.setdefault((node.name,), self._plain(node, scale, shift))
-
-    def _normalisation(self, norm: fx.Node) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and shift of a BatchNorm at inference."""
-        weight, bias, mean, variance = (self._values(given) for given in norm.args[1:5])
-        assert mean is not None
-        assert variance is not None
-        epsilon: Any = norm.args[7]
-        scale = 1 / np.sqrt(variance + epsilon)
-        if weight is not None:
-            scale = scale * weight
-        shift = -mean * scale
-        return scale, shift if bias is None else shift + bias
+        scale = shift = None
+        if norm is not None:
+            epsilon: Any = norm.args[7]
+            scale, shift = normalisation([*map(self._values, norm.args[1:5])], epsilon)
+        if node.target is not LAYER:
+            return self._plain(node, scale, shift)
+        key = node.args[1], None if norm is None else norm.args[1:5]
+        if key not in self.made:
+            folded = self.folded[str(node.args[1])]
+            if scale is not None and shift is not None:
+                bias = shift if folded.bias is None else folded.bias * scale + shift
+                folded = replace(folded, output_scale=scale.astype("f4"), bias=bias.astype("f4"))
+            self.made[key] = FusedConv2d(folded, self.dtype, self.channels_last)
+        return self.made[key]
 
     def _plain(
         self, node: fx.Node, scale: np.ndarray | None, shift: np.ndarray | None
     ) -> FinishedConv2d:
         weight = self._values(node.args[1])
-        assert weight is not None
         defaults: Sequence[Any] = (None, (1, 1), (0, 0), (1, 1), 1)
         given = [*node.args[2:], *defaults[len(node.args) - 2 :]]
         bias, (stride, padding, dilation, groups) = self._values(given[0]), given[1:]
@@ -253,14 +229,15 @@ class _Fusing:
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
         return FinishedConv2d(
-            stride=_pair(stride), padding=_sides(padding, weight.shape[2:], _pair(dilation)),
+            stride=_pair(stride), padding=sides_of(padding, weight.shape[2:], _pair(dilation)),
             dilation=_pair(dilation), groups=groups, bias=bias, weight=weight, dtype=self.dtype,
             channels_last=self.channels_last,
         )  # fmt: skip
 
     def _pool_ahead(self) -> None:
         """Let the end of a convolution pool for the dynamic layer that reads it, if one does."""
-        for node in list(self.traced.graph.nodes):
+        graph = self.traced.graph
+        for node in list(graph.nodes):
             use = self._use(node)
             if use is None or (isinstance(use.layer, FusedConv2d) and use.layer.folded.tokens):
                 continue
@@ -274,17 +251,13 @@ class _Fusing:
                     and not _changed_between(node, reader)
                 ):
                     use.hidden = layer.get_buffer("hidden")
-                    self._take_parts(node, reader)
+                    # It gives a pair from now on, of which all others read the first.
+                    with graph.inserting_after(node):
+                        parts = graph.call_function(operator.getitem, (node, 1))
+                        y = graph.call_function(operator.getitem, (node, 0))
+                    node.replace_all_uses_with(y, lambda user, own=(y, parts): user not in own)
+                    reader.args = (y, parts, *reader.args[2:])
                     break
-
-    def _take_parts(self, node: fx.Node, reader: fx.Node) -> None:
-        """Let ``node``, which gives a pair now, be read as before, and by its reader as a pair."""
-        graph = self.traced.graph
-        with graph.inserting_after(node):
-            parts = graph.call_function(operator.getitem, (node, 1))
-            y = graph.call_function(operator.getitem, (node, 0))
-        node.replace_all_uses_with(y, lambda user: user not in (y, parts))
-        reader.args = (y, parts, *reader.args[2:])
 
     def _use(self, node: fx.Node) -> _Use | None:
         if node.op != "call_module":
@@ -293,28 +266,6 @@ class _Fusing:
         return module if isinstance(module, _Use) else None
 
 
-def _normalised(
-    folded: FoldedConv, scale: np.ndarray | None, shift: np.ndarray | None
-) -> FoldedConv:
-    """A folded layer and the BatchNorm after it."""
-    if scale is None or shift is None:
-        return folded
-    bias = shift if folded.bias is None else folded.bias * scale + shift
-    return replace(folded, output_scale=scale.astype("f4"), bias=bias.astype("f4"))
-
-
 def _pair(given: Sequence[int]) -> tuple[int, int]:
     """Of a vertical and a horizontal number, or of one for both."""
     return (given[0], given[-1])
-
-
-def _sides(
-    padding: Sequence[int] | str, kernel: Sequence[int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right padding."""
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]  # noqa: B905
-        top, left = total[0] // 2, total[1] // 2
-        return top, left, total[0] - top, total[1] - left
-    vertical, horizontal = _pair(padding)
-    return vertical, horizontal, vertical, horizontal
