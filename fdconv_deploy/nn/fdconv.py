@@ -147,11 +147,7 @@ class FDConv2d(nn.Conv2d):
         )
         self.register_buffer("indices", indices, persistent=False)
         if self.convert_param:
-            spectrum = self._spectrum_of_weight().detach()
-            if self.param_reduction < 1:
-                rows, columns = indices[0].flatten(1).to(spectrum.device)
-                spectrum = spectrum[:, rows, columns]
-            self.dft_weight = nn.Parameter(spectrum.contiguous())
+            self.dft_weight = nn.Parameter(self.stored_spectrum(self.weight.detach()))
             del self.weight
             self.register_parameter("weight", None)
         elif config.linear_mode:
@@ -206,17 +202,24 @@ class FDConv2d(nn.Conv2d):
             self.in_channels, self.out_channels, size, groups, kernel_temp, config
         )
 
-    def _spectrum_of_weight(self) -> Tensor:
-        weight = self.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
-        spectrum = kernel_spectrum(weight)
-        return spectrum.expand(self.param_ratio, *spectrum.shape)
+    def stored_spectrum(self, weight: Tensor) -> Tensor:
+        """What a converted layer stores for a plain kernel: its spectrum ``param_ratio`` times.
+
+        Of ``param_reduction`` below 1 the bins kept, ``(P, bins, 2)``, in the order of the indices.
+        """
+        shape = self.out_channels, self.in_channels, *self.kernel_size
+        spectrum = kernel_spectrum(weight.reshape(shape))
+        if self.param_reduction >= 1:
+            return spectrum.repeat(self.param_ratio, 1, 1, 1)
+        kept = self.indices.flatten(2).to(spectrum.device)
+        return torch.stack([spectrum[rows, columns] for rows, columns in kept])
 
     def modulated_spectrum(self, kernel_attention: Tensor) -> Tensor:
         """The stored spectra, weighed by group and added: ``(B, P·G)`` -> ``(B, R, C/2 + 1, 2)``.
 
         float32, real beside imaginary.
         """
-        stored = self.dft_weight if self.convert_param else self._spectrum_of_weight()
+        stored = self.dft_weight if self.convert_param else self.stored_spectrum(self.weight)
         weights = kernel_attention.reshape(-1, self.param_ratio, self.kernel_num, 1, 1)
         size = len(kernel_attention), self.rows, self.columns // 2 + 1, 2
         result = torch.zeros(size, dtype=stored.dtype, device=stored.device)

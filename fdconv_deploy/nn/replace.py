@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn.fdconv import FDConv2d, FDTokenConv
 from fdconv_deploy.nn.from_published import is_published
-from fdconv_deploy.nn.spectrum import kernel_spectrum
 
 PlainLayer = TypeVar("PlainLayer", nn.Conv2d, nn.Linear)
 Chosen = str | Sequence[str] | Callable[[str, PlainLayer], bool]
@@ -189,15 +188,10 @@ def _set_spectrum(layer: FDConv2d, weight: Tensor, bias: Tensor | None) -> None:
     """Store a plain kernel as the published layer and converter do, attentions as they are."""
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
-    if not layer.convert_param:
-        layer.weight.copy_(weight.reshape(layer.weight.shape))
-        return
-    spectrum = kernel_spectrum(weight)
-    if layer.param_reduction < 1:
-        for p, (rows, columns) in enumerate(layer.indices.flatten(2).to(spectrum.device)):
-            layer.dft_weight[p] = spectrum[rows, columns]
+    if layer.convert_param:
+        layer.dft_weight.copy_(layer.stored_spectrum(weight))
     else:
-        layer.dft_weight.copy_(spectrum.expand_as(layer.dft_weight))
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
 
 
 @torch.no_grad()
