@@ -50,22 +50,6 @@ class CompiledKernel:
         return _found(r"(?m)^\.version\s+(\S+)", self.ptx)
 
 
-def _triton() -> Any:
-    try:
-        import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
-    except ImportError:
-        raise BackendError(
-            "compiling GPU kernels needs Triton, which is not installed. "
-            f"Install it ({install('triton')})."
-        ) from None
-    if interpreting():
-        raise BackendError(
-            "Triton interprets kernels here (TRITON_INTERPRET=1) and cannot compile them. "
-            "Unset the variable in a new process."
-        )
-    return triton
-
-
 def compile_kernel(
     launch: KernelLaunch, capability: int, ptx_version: int | None = None
 ) -> CompiledKernel:
@@ -80,16 +64,22 @@ def compile_kernel(
     Raises:
         BackendError: no Triton, Triton interprets, or a kernel would need scratch memory.
     """
-    triton = _triton()
-    from triton.backends.compiler import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        GPUTarget,
-    )
-    from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
+    try:
+        import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    except ImportError:
+        raise BackendError(
+            "compiling GPU kernels needs Triton, which is not installed. "
+            f"Install it ({install('triton')})."
+        ) from None
+    if interpreting():
+        raise BackendError(
+            "Triton interprets kernels here (TRITON_INTERPRET=1) and cannot compile them. "
+            "Unset the variable in a new process."
+        )
     function, pointers = kernel_function(launch.kernel), launch.arguments
     *names, constants = function.arg_names
     assert names == [name for name, _ in pointers], launch.kernel
-    source = ASTSource(
+    source = triton.compiler.ASTSource(
         function,
         signature={**dict(pointers), constants: "constexpr"},
         constexprs={(len(pointers),): launch.specialised()},
@@ -98,7 +88,7 @@ def compile_kernel(
     options: dict[str, Any] = launch.options()
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
-    target = GPUTarget("cuda", capability, THREADS_PER_WARP)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, THREADS_PER_WARP)
     with triton.knobs.compilation.scope():
         # Else PTX names the files it comes from, on the machine that it was made on.
         triton.knobs.compilation.disable_line_info = True

@@ -170,7 +170,7 @@ def _layer(sizes: Sizes) -> AssemblySizes:
     return AssemblySizes.of([int(n) for n in sizes[:-1]])
 
 
-def rows_plugin(name: str) -> Plugin:
+def rows_plugin(_name: str) -> Plugin:
     """The first kernel: gates and constant spectrum -> half-inverted spectra."""
     return Plugin(
         tuple(ROW_INPUTS),

@@ -18,12 +18,12 @@ TALLEST = 128
 
 
 def combination_launch(
-    *,
     channels: int,
     pixels: int,
     groups: int,
     weighted: int,
     terms: int,
+    *,
     sigmoid: bool,
     channels_last: bool = False,
     dtype: str = "float32",

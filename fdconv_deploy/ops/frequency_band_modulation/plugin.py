@@ -10,8 +10,6 @@ from fdconv_deploy.ops.launch import KernelLaunch, Plugin, Sizes
 
 COMBINATION = "FrequencyBandCombination"
 INPUTS = ["x", "logits", "mix", "mix_bias", "lows"]
-# What a node's attribute ``sizes`` lists.
-SIZES = "channels height width groups weighted terms batch".split()
 
 
 def combination_name(sigmoid: bool, half: bool) -> str:
@@ -42,28 +40,23 @@ def combination_function(sigmoid: bool, half: bool) -> FunctionProto:
 
 
 def combination_plugin(name: str) -> Plugin:
-    """Input, logits and low-passes -> modulated input, all of one type."""
+    """Input, logits and low-passes -> modulated input, all of one type.
+
+    A node's ``sizes``: channels, height, width, groups, weighted, terms, batch.
+    """
     kind = "float16" if name.endswith("_Half") else "float32"
 
-    def given(sizes: Sizes) -> dict[str, int]:
-        return dict(zip(SIZES, (int(n) for n in sizes), strict=True))
-
-    def shape(sizes: Sizes) -> tuple[int, ...]:
-        return tuple(given(sizes)[n] for n in ("batch", "channels", "height", "width"))
-
     def launch(sizes: Sizes) -> KernelLaunch:
-        of = given(sizes)
-        return combination_launch(
-            channels=of["channels"],
-            pixels=of["height"] * of["width"],
-            groups=of["groups"],
-            weighted=of["weighted"],
-            terms=of["terms"],
-            sigmoid="_Activated" not in name,
-            dtype=kind,
-        )
+        channels, height, width, *others, _batch = map(int, sizes)
+        sigmoid = "_Activated" not in name
+        return combination_launch(channels, height * width, *others, sigmoid=sigmoid, dtype=kind)
 
-    return Plugin(tuple(INPUTS), (kind, kind, "float32", "float32", kind, kind), shape, launch)
+    return Plugin(
+        tuple(INPUTS),
+        (kind, kind, "float32", "float32", kind, kind),
+        lambda sizes: tuple(map(int, (sizes[-1], *sizes[:3]))),
+        launch,
+    )
 
 
 PLUGINS = {COMBINATION: combination_plugin}
