@@ -62,7 +62,7 @@ def trained_like(
     for module in network.modules():
         # Training makes residual branches small beside their shortcuts.
         if isinstance(module, Block):
-            module.last_norm.weight.fill_(0.2)
+            module.get_parameter(f"bn{module.depth}.weight").fill_(0.2)
     if images is None:
         from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 

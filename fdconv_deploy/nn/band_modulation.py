@@ -32,33 +32,20 @@ def _cached_masks(k_list: tuple[float, ...], max_size: tuple[int, int]) -> Tenso
     return torch.stack([radius < 0.5 / k + 1e-8 for k in k_list]).float()
 
 
-def band_masks(
-    k_list: tuple[float, ...], height: int, width: int, max_size: tuple[int, int] = (64, 64)
-) -> Tensor:
-    """Low-pass masks over the half spectrum, one per ``k``.
-
-    Made once at ``max_size`` and resized to the feature map by nearest neighbour, so at
-    many sizes a mask is not symmetric in its rows.
-
-    Returns:
-        ``(len(k_list), height, width // 2 + 1)`` float32 of 0 and 1.
-    """
-    masks = _cached_masks(tuple(k_list), tuple(max_size))
-    return F.interpolate(masks[None], size=(height, width // 2 + 1), mode="nearest")[0]
-
-
 def masks_for(config: BandModulationConfig, height: int, width: int) -> Tensor:
-    """The masks a band modulation applies to feature maps of ``height`` × ``width``.
+    """The low-pass masks that a band modulation applies to ``height`` × ``width``, one per ``k``.
 
-    ``masks="per_call"``: as the first published band modulation made them in each call, at the
-    feature map's own size, strictly below 0.5 / k, and without an absolute value: every negative
-    row frequency passes, so that no mask is symmetric in its rows.
+    ``masks="cached"``: made once at ``max_size`` and resized by nearest neighbour, so at many sizes
+    a mask is not symmetric in its rows. ``masks="per_call"``: as the first published band
+    modulation made them in each call, at the feature map's own size, strictly below 0.5 / k, and
+    without an absolute value: every negative row frequency passes, and no mask is symmetric.
 
     Returns:
         ``(len(k_list), height, width // 2 + 1)`` float32 of 0 and 1.
     """
     if config.masks == "cached":
-        return band_masks(config.k_list, height, width, config.max_size)
+        masks = _cached_masks(config.k_list, config.max_size)
+        return F.interpolate(masks[None], size=(height, width // 2 + 1), mode="nearest")[0]
     vertical = torch.fft.fftfreq(height, dtype=torch.float32, device="cpu")
     horizontal = torch.fft.rfftfreq(width, dtype=torch.float32, device="cpu")
     largest = torch.maximum(vertical[:, None], horizontal[None, :])

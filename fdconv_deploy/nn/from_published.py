@@ -254,13 +254,13 @@ class _Copy:
                 raise UnsupportedLayerError(f"{self.name}: {error}") from None
         if layer.param_reduction >= 1:
             layer.alpha = float(self.get("alpha", layer.alpha))
-        norm = f"KSM_Global.{self.norm_name}."
+        theirs, ours = f"KSM_Global.{self.norm_name}.", "KSM_Global.bn."
         state = {
-            f"KSM_Global.bn.{key.removeprefix(norm)}" if key.startswith(norm) else key: value
-            for key, value in self.module.state_dict().items()
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: value
+            for name, value in self.module.state_dict().items()
+            # Buffers some copies save and others do not.
+            if name not in ("indices", "FBM.cached_masks")
         }
-        # Buffers some copies save and others do not.
-        state = {k: v for k, v in state.items() if k not in ("indices", "FBM.cached_masks")}
         try:
             layer.load_state_dict(state, assign=True)
         except RuntimeError as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.folding.bands import fold_bands
 from fdconv_deploy.folding.module import FoldedBandModulation
-from fdconv_deploy.nn.band_modulation import BandModulation, band_masks
+from fdconv_deploy.nn.band_modulation import BandModulation, masks_for
 from tests.reference.lively import error, lively_input, seeded
 
 SIDES = st.integers(1, 70)
@@ -67,7 +67,7 @@ def test_each_low_pass(size):
     fbm = modulation(2)
     x = lively_input((1, 2, *size)).double()
     lows = FoldedBandModulation(fold_bands(fbm, *size)).double().low_passes(x)
-    masks = band_masks((2, 4, 8), *size).double()
+    masks = masks_for(fbm.config, *size).double()
     for low, mask in zip(lows, masks, strict=True):
         expected = torch.fft.irfft2(torch.fft.rfft2(x) * mask, s=size)
         assert error(low, expected) <= 5e-7

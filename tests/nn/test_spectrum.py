@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import spectrum
-from fdconv_deploy.nn.band_modulation import band_masks
+from fdconv_deploy.nn.band_modulation import masks_for
 from fdconv_deploy.nn.spectrum import (
     bin_order,
     bin_radii,
@@ -53,7 +54,7 @@ def test_band_masks_are_the_published_ones(oracle):
     assert len(masks) >= 20
     for size, expected in masks.items():
         height, width = map(int, size.split("x"))
-        assert torch.equal(band_masks((2, 4, 8), height, width), expected.float()), size
+        assert torch.equal(masks_for(BandModulationConfig(), height, width), expected.float()), size
 
 
 def test_group_map_names_each_bin_once():

@@ -84,7 +84,7 @@ def enliven_network(
                 parameter *= 0.3
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
     inner = {id(layer.KSM_Global.bn) for layer in layers}  # a BatchNorm, or not among them
-    last = {id(m.last_norm) for m in modules.values() if isinstance(m, Block)}
+    last = {id(m.get_submodule(f"bn{m.depth}")) for m in modules.values() if isinstance(m, Block)}
     for norm in norms:
         norm.reset_running_stats()
         gain = 0.4 if id(norm) in inner else 0.15 if id(norm) in last else 1.0

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fdconv_deploy.config import BandModulationConfig
 from fdconv_deploy.nn import FDConv2d
-from fdconv_deploy.nn.band_modulation import band_masks
+from fdconv_deploy.nn.band_modulation import masks_for
 from fdconv_deploy.nn.spectrum import bin_order as torch_order
 from tests.reference import ReferenceFDConv, bin_order, bin_radii, introsort_order
 from tests.reference.arguments import layer_arguments
@@ -94,7 +95,8 @@ def test_order_of_any_matrix(rows, columns):
     st.sampled_from([1, 2, 3, 4, 8, 100]),
 )
 def test_masks_at_any_size(height, width, made_at, k):
-    ours = band_masks((k,), height, width, made_at)[0].numpy()
+    config = BandModulationConfig(k_list=(k,), max_size=made_at)
+    ours = masks_for(config, height, width)[0].numpy()
     assert np.array_equal(ours > 0, band_mask(k, height, width, made_at))
 
 

@@ -29,11 +29,6 @@ class Block(nn.Module):
             self.add_module(f"bn{place}", nn.BatchNorm2d(conv.out_channels))
         self.downsample = downsample
 
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        """That before the shortcut is added."""
-        return cast(nn.BatchNorm2d, self.get_submodule(f"bn{self.depth}"))
-
     def forward(self, x: Tensor) -> Tensor:
         """``(B, I, H, W)`` -> ``(B, O, H/stride, W/stride)``."""
         shortcut = x if self.downsample is None else self.downsample(x)

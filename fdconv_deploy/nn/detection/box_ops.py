@@ -272,7 +272,4 @@ class RoIExtractor(nn.Module):
         for level, layer in enumerate(self.roi_layers):
             own = torch.where((levels == level)[..., None], boxes, _ELSEWHERE)
             parts.append(layer(features[level], own))
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return sum(parts[1:], parts[0])

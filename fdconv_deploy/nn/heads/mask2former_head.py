@@ -31,18 +31,6 @@ class Attention(nn.Module):
         return attend(self.attn, query, key, value, *biases)
 
 
-class AttentionMask(nn.Module):
-    """Which places of a level a query may attend to, from its mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.below = Below(HIDDEN_BELOW)
-
-    def forward(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Mask logits ``(B, Q, h, w)`` -> ``(B, Q, H·W)`` float32, 1 where places are hidden."""
-        return self.below(resize(masks, size, False).flatten(2))
-
-
 class DecoderLayer(nn.Module):
     """Attention to a level's visible places, among queries, and a feed-forward network."""
 
@@ -89,7 +77,8 @@ class Mask2FormerHead(QueryHead):
             {"layers": nn.ModuleList(layers), "post_norm": nn.LayerNorm(width)}
         )
         self.decoder_input_projs = self._input_projections(levels)
-        self.attention_mask = AttentionMask()
+        # 1 where a place is hidden from a query.
+        self.attention_mask = Below(HIDDEN_BELOW)
         self.query_embed = nn.Embedding(queries, width)
         self.query_feat = nn.Embedding(queries, width)
         self.level_embed = nn.Embedding(levels, width)
@@ -124,7 +113,7 @@ class Mask2FormerHead(QueryHead):
         layers = cast(Iterable[DecoderLayer], self.transformer_decoder["layers"])
         for number, layer in enumerate(layers):
             level = number % len(sizes)
-            hidden = self.attention_mask(masks, sizes[level])
+            hidden = self.attention_mask(resize(masks, sizes[level], False).flatten(2))
             queries = layer(queries, self.query_embed.weight, keys[level], values[level], hidden)
             classes, masks = self.predict(queries, features)
         return classes, masks
