@@ -39,10 +39,9 @@ SINGLE_OPERATORS = frozenset(
     InstanceNormalization GroupNormalization BatchNormalization LpNormalization
     MeanVarianceNormalization Exp Log Pow Reciprocal DFT""".split()
 )
-ASSEMBLY = "FrequencyAssembly"
+ASSEMBLY, ATTENTION = "FrequencyAssembly", "KernelAttention"
 # Shapes and axes are what inference must read; tensors above this are weights.
 SMALL_BYTES = 1024
-POOLING = frozenset(["GlobalAveragePool", "ReduceMean", "ReduceSum"])
 # They change no value: cheaper in the type that is there.
 MOVERS = frozenset(
     "Reshape Flatten Transpose Squeeze Unsqueeze Slice Identity Split Concat Gather Expand".split()
@@ -150,7 +149,7 @@ def _halves(node: NodeProto, opset: int) -> tuple[list[bool], list[bool]]:
 def kernel_makers(nodes: Sequence[NodeProto], labels: Sequence[Label]) -> set[int]:
     """Indices of the nodes of FDConv layers from which a convolution's kernel is made.
 
-    From each kernel backwards, within its layer, to where features were pooled.
+    From each kernel backwards, within its layer, to its attentions.
     """
     producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     waiting = [
@@ -168,10 +167,8 @@ def kernel_makers(nodes: Sequence[NodeProto], labels: Sequence[Label]) -> set[in
         if index in found or labels[index].layer is None or node.op_type == "Conv":
             continue
         found.add(index)
-        before = [producers[name] for name in node.input if name in producers]
-        # A mean may be taken over one axis after the other.
-        pools = node.op_type in POOLING
-        waiting += [i for i in before if not pools or nodes[i].op_type in POOLING]
+        if not node.op_type.startswith(ATTENTION):
+            waiting += [producers[name] for name in node.input if name in producers]
     return found
 
 

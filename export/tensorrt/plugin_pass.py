@@ -68,7 +68,9 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
     inputs = {function.name: function.input for function in model.functions}
     nodes = Nodes(graph, graph.inputs[0].shape[0])
     replace = {"FrequencyAssembly": _replace_assembly, "FrequencyBandModulation": _replace_bands}
-    for node in [n for n in graph.nodes if n.domain == DOMAIN]:
+    kept = [function for function in model.functions if function.name.startswith("KernelAttention")]
+    own = {function.name for function in kept}  # for which standard operators do
+    for node in [n for n in graph.nodes if n.domain == DOMAIN and n.op not in own]:
         replacement = replace.get(node.op.partition("_")[0])
         if replacement is None or node.op not in inputs or "layer" not in node.attrs:
             raise ExportError(
@@ -77,9 +79,9 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
             )
         nodes.begin(f"{node.attrs['layer']}.plugin")  # not to meet the names of what stays
         replacement(nodes, node, dict(zip(inputs[node.op], node.inputs, strict=True)))
-    result = nodes.model()
+    result = nodes.model(kept)
     del result.graph.value_info[:]  # some are float16 now; whoever reads the graph infers them
-    asking = [node for node in graph.nodes if node.domain == DOMAIN]
+    asking = [node for node in graph.nodes if node.domain == DOMAIN and node.op not in own]
     counts = Counter(node.op for node in asking)
     launches = [launch_of(node.op, node.attrs["sizes"]) for node in asking]
     return PluginGraph(result, dict(sorted(counts.items())), launches)

@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 
 BEFORE = "before the first convolution"
 NOWHERE = "elsewhere"
-_OPERATORS = {"FrequencyAssembly": "kernel assembly", "FrequencyBandModulation": "band modulation"}
+_OPERATORS = {
+    "FrequencyAssembly": "kernel assembly",
+    "FrequencyBandModulation": "band modulation",
+    "KernelAttention": "attention",
+}
 # ONNX Runtime's prefix of what was inside a function.
-_INLINED = re.compile(r"_inlfunc_(FrequencyAssembly|FrequencyBandModulation)")
+_INLINED = re.compile(rf"_inlfunc_({'|'.join(_OPERATORS)})")
 # What ONNX Runtime adds to names: for fusing, float16 on a CPU, and layouts.
 _ADDED = re.compile(r"^(fused )?(InsertedPrecisionFreeCast_)?|_nchwc$")
 # What the exporter calls the nodes of a layer's convolution, a layer's prefix left out: the

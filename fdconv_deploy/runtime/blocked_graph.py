@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from fdconv_deploy.runtime.bundle import Bytes
 from fdconv_deploy.runtime.native_layers import (
     ASSEMBLY,
+    ATTENTION,
     BAND_ATTRIBUTES,
     BANDS,
     FUNCTIONS,
     NativeGraph,
     fuse_layers,
-    gates_of,
     is_assembly,
 )
 from fdconv_deploy.runtime.native_layers import DOMAIN as OURS
@@ -43,6 +43,7 @@ from fdconv_deploy.runtime.onnx_graph import (
     copied,
     import_domain,
     make_node,
+    set_attribute,
     set_nodes,
     shape_of,
 )
@@ -280,13 +281,14 @@ class _Rewriting:
     def _layer(self, node: Any, named: dict[str, str]) -> _Layer | None:
         """An assembly and what it is for, where that is as exports have it."""
         given = attributes(node)
-        gates = gates_of(self.index, named["attention"])
+        split = self.index.producer(named["attention"], "Split")
+        gates = named["attention"] if split is None else split.input[0]
         offsets = {
             gate: given[f"{gate}_at"]
             for gate in ("filter", "spatial", "channel")
             if given.get(f"{gate}_at", -1) >= 0
         }
-        if gates == named["attention"] and offsets:
+        if split is None and offsets:
             return None
         kernels = node.output[0]
         conv = self.index.only_reader(kernels, "Conv")
@@ -423,8 +425,7 @@ class _Rewriting:
         if source is None:
             return False
         copy = copied(node, [source[0], *node.input[1:]], list(node.output))
-        (block,) = (each for each in copy.attribute if each.name == "block")
-        block.i = self.block
+        set_attribute(copy, "block", self.block)
         self.out.append(copy)
         self.plain.update(node.output)
         return True
@@ -555,7 +556,7 @@ _HANDLERS: dict[str, Callable[[_Rewriting, Any], bool]] = {
     "Concat": _Rewriting._concatenation,
     "Reshape": _Rewriting._reshape,
     "Resize": _Rewriting._resize,
-    "KernelAttention": _Rewriting._attention,
+    ATTENTION: _Rewriting._attention,
     BANDS: _Rewriting._bands,
     **dict.fromkeys(_UNARY, _Rewriting._unary),
     **dict.fromkeys(_BINARY, _Rewriting._binary),
