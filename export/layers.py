@@ -21,6 +21,7 @@ from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION
 from fdconv_deploy.ops.attention.function import NORMS, AttentionForm, attention_function
+from fdconv_deploy.ops.convolution_by_rows import RowsForm, row_attributes, rows_function
 from fdconv_deploy.ops.frequency_assembly.function import (
     AssemblyForm,
     assembly_function,
@@ -334,7 +335,6 @@ def _write_assembly(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs
     if form.column_scale or form.row_scale:
         attributes["scaled_shape"] = [0, layer.out_channels, height, length]
     if form.by_rows:
-        attributes |= _geometry(layer) | {"input_size": list(layer.input_size)}
         attributes["kernel_shape"] = [0, layer.out_channels, height, length]
     elif form.spatial_kernel:
         shape = [0, layer.out_channels, height, layer.in_channels, width]
@@ -419,44 +419,18 @@ def _write_convolution(
 def _by_rows(
     nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernels: gs.Tensor, bias: list[gs.Constant]
 ) -> gs.Variable:
-    """The sum of one convolution per kernel row, each seeing the rows of x that are its own.
-
-    That takes kernels in the order in which they are made, (o, u, i, v); to bring them into
-    (o, i, u, v) for a single convolution costs more than the convolution of small feature maps.
-    """
-    channels, (height, width) = layer.in_channels, layer.kernel_size
-    sizes = nodes.shape(*[1] * height)
-    parts = [kernels]
-    if height > 1:
-        parts = nodes.add("Split", "kernel.rows", kernels, sizes, outputs=height, axis=2)
-    top, left, _, right = layer.padding
-    rows = layer.input_size[0]
-    total = None
-    for row, kernel in enumerate(parts):
-        first, last = rows_met(row, top, layer.stride[0], layer.dilation[0], layer.output_size[0])
-        begin, end = max(first, 0), min(last + 1, rows)
-        if begin >= end:
-            continue  # it meets nothing but padding
-        name, seen = f"row{row}", x
-        if (begin, end) != (0, rows):
-            span = nodes.shape(begin), nodes.shape(end), nodes.shape(2)
-            seen = nodes("Slice", f"{name}.input", x, *span)
-        part = nodes(
-            "Conv", f"{name}.convolution", seen,
-            nodes.reshape(f"{name}.kernel", kernel, -1, channels, 1, width),
-            *(bias if total is None else ()), group=nodes.images, kernel_shape=[1, width],
-            strides=list(layer.stride), dilations=list(layer.dilation),
-            pads=[max(-first, 0), left, max(last + 1 - rows, 0), right],
-        )  # fmt: skip
-        total = part if total is None else nodes("Add", f"{name}.sum", total, part)
-    assert total is not None
-    return total
-
-
-def rows_met(row: int, top: int, stride: int, dilation: int, output_rows: int) -> tuple[int, int]:
-    """The first and last row of the input that a kernel row meets, padding counted below zero."""
-    first = row * dilation - top
-    return first, first + stride * (output_rows - 1)
+    (height, width), given = layer.kernel_size, _geometry(layer)
+    del given["kernel_shape"]
+    rows, attributes = row_attributes(
+        **given, height=height, input_rows=layer.input_size[0], output_rows=layer.output_size[0]
+    )
+    form = RowsForm(rows, bool(bias))
+    nodes.functions.setdefault(form.name, rows_function(form))
+    return nodes(
+        form.name, "convolution", x, kernels, *bias, domain=DOMAIN, layer=nodes.layer,
+        group=nodes.images, row_shape=[-1, layer.in_channels, 1, width], row_size=[1, width],
+        **given, **attributes,
+    )  # fmt: skip
 
 
 def _write_product(

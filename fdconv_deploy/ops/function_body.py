@@ -56,7 +56,8 @@ class FunctionBody:
         for theirs, ours in names.items():
             if ours not in self.attributes:
                 self.attributes.append(ours)
-            kind = AttributeProto.INTS if theirs.endswith("s") else AttributeProto.INT
+            lists = theirs.endswith("s") or theirs == "kernel_shape"
+            kind = AttributeProto.INTS if lists else AttributeProto.INT
             kind = AttributeProto.FLOAT if theirs in _NUMBERS else kind
             reference = AttributeProto(name=theirs, type=kind, ref_attr_name=ours)
             self.nodes[-1].attribute.append(reference)

@@ -29,7 +29,7 @@ from fdconv_deploy.runtime.onnx_graph import (
 # Of operators that no exported graph has, and of those that it has functions for.
 DOMAIN, FUNCTIONS = "fdconv.nchwc", "fdconv"
 ASSEMBLY, BANDS = "FrequencyAssembly", "FrequencyBandModulation"
-ATTENTION = "KernelAttention"
+ATTENTION, BY_ROWS = "KernelAttention", "ConvolutionByRows"
 BAND_ATTRIBUTES = ("layer", "groups", "feature_size", "complex_rows", "softmax")
 
 
@@ -105,18 +105,17 @@ def fuse_layers(model: bytes, external: Mapping[str, Bytes]) -> NativeGraph:
     fused = NativeGraph(read_model(model), dict(external))
     graph = fused.model.graph
     index = GraphIndex(graph, external)
-    layers = [node for node in index.nodes if is_assembly(node)]
-    joined = _joined_rows(index, layers)
-    # Their shapes in the file are of kernels by rows.
-    kernels = {node.input[1] for node in joined.values()}
-    for value in [value for value in graph.value_info if value.name in kernels]:
-        graph.value_info.remove(value)
-    nodes = [joined.get(number, node) for number, node in enumerate(index.nodes)]
-    for node in nodes:
-        if node.domain == FUNCTIONS and node.op_type.startswith(ATTENTION):
+    functions = [node for node in index.nodes if node.domain == FUNCTIONS]
+    for node in functions:
+        if node.op_type.startswith(ATTENTION):
             node.op_type, node.domain = ATTENTION, DOMAIN
             set_attribute(node, "block", 0)
-    set_nodes(graph, nodes)
+    by_rows = [node for node in functions if node.op_type.startswith(BY_ROWS)]
+    kernels = {node.input[1] for node in by_rows if _join_rows(index, node)}
+    # Their shapes in the file are of kernels by rows.
+    for value in [value for value in graph.value_info if value.name in kernels]:
+        graph.value_info.remove(value)
+    set_nodes(graph, index.nodes)
     import_domain(fused.model, DOMAIN)
     return fused
 
@@ -126,54 +125,14 @@ def is_assembly(node: Any) -> bool:
     return node.domain == FUNCTIONS and bool(node.op_type.startswith(ASSEMBLY))
 
 
-def _joined_rows(index: GraphIndex, layers: list[Any]) -> dict[int, Any]:
-    """By the number of the node whose place it takes, a convolution with whole kernels."""
-    joined = {}
-    for node in layers:
-        given = attributes(node)
-        if given.get("by_rows") and (found := _convolution_by_rows(index, node.output[0])):
-            inputs, output, group = found
-            geometry = {name: given[name] for name in ("strides", "pads", "dilations")}
-            made = make_node("Conv", inputs, [output], group=group, **geometry)
-            joined[index.producers[output]] = made
-            node.op_type = node.op_type.replace("_ByRows", "")
-            set_attribute(node, "by_rows", 0)
-    return joined
-
-
-def _convolution_by_rows(index: GraphIndex, kernels: str) -> tuple[list[str], str, int] | None:
-    """Inputs, output and group of the one convolution; None where it is not as exported."""
-    rows: list[Any] = []
-    waiting = [kernels]
-    while waiting:
-        name = waiting.pop(0)
-        if name in index.kept:
-            return None
-        for reader in (index.nodes[number] for number in index.readers[name]):
-            if reader.op_type in ("Split", "Reshape") and reader.input[0] == name:
-                waiting += reader.output
-            elif reader.op_type == "Conv" and reader.input[1] == name:
-                rows.append(reader)
-            else:
-                return None
-    sources, biases = set(), []
-    for row in rows:
-        cut = index.producer(row.input[0], "Slice")
-        sources.add((cut or row).input[0])
-        biases += row.input[2:]
-    # From the sum of the last two rows backwards, all that is added are rows.
-    total = rows[0].output[0] if rows else ""
-    for _ in rows[1:]:
-        node = index.only_reader(total, "Add")
-        if node is None:
-            return None
-        total = node.output[0]
-    added = _added(index, total)
-    if len(sources) != 1 or len(biases) > 1 or added != {row.output[0] for row in rows}:
-        return None
-    return [sources.pop(), kernels, *biases], total, attributes(rows[0]).get("group", 1)
-
-
-def _added(index: GraphIndex, total: str) -> set[str]:
-    node = index.producer(total, "Add")
-    return {total} if node is None else set().union(*(_added(index, x) for x in node.input))
+def _join_rows(index: GraphIndex, node: Any) -> bool:
+    """Let a node be one convolution with whole kernels, if it alone reads them; whether it is."""
+    assembly = index.producer(node.input[1])
+    if assembly is None or not is_assembly(assembly) or index.only_reader(node.input[1]) is None:
+        return False
+    assembly.op_type = assembly.op_type.replace("_ByRows", "")
+    set_attribute(assembly, "by_rows", 0)
+    given = attributes(node)
+    geometry = {name: given[name] for name in ("strides", "pads", "dilations", "group")}
+    node.CopyFrom(make_node("Conv", node.input, node.output, **geometry))
+    return True

@@ -40,7 +40,7 @@ def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
             names = *function.input, *function.output
             named = zip(names, (*node.inputs, *node.outputs), strict=True)
             for name, tensor in named:
-                if isinstance(tensor, gs.Variable) and tensor is not x:
+                if isinstance(tensor, gs.Variable) and tensor is not x and tensor is not y:
                     flat = name in ("attention", "local_input") or node.op.startswith(ATTENTION)
                     rank = 2 if flat else 4
                     tensor.shape = [f"{tensor.name}.{axis}" for axis in range(rank)]
