@@ -1,4 +1,4 @@
-"""Run a Dockerfile's build steps without Docker: ``python docker/check_dockerfile.py docker/cpu.Dockerfile``.
+"""Run a Dockerfile's build steps without Docker: ``python docker/check_dockerfile.py FILE``.
 
 What COPY brings is copied into an empty folder, the RUN steps that install run there in a venv,
 and the image's own command, with tracing and gRPC besides, health check and user's needs are tried

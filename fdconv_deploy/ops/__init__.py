@@ -2,8 +2,8 @@
 
 Each holds the operator's specification (``__init__.py``), its ONNX function body of standard
 operators, by which a graph runs on any runtime (``function.py``), its Triton kernels and their
-launches, and its TensorRT plugin. `native` has both operators in C for ONNX Runtime's CPU provider;
-`fdconv_deploy.folding.cuda` launches the kernels in PyTorch.
+launches, and its TensorRT plugin. `torch_ops` has the kernels as PyTorch operators, `native` both
+operators in C for ONNX Runtime's CPU provider.
 
 What a node is stands in its attributes; its function body declares them all.
 """

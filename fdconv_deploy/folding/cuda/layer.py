@@ -1,10 +1,10 @@
-"""A folded layer whose kernels are assembled by two GPU kernels; without gradients."""
+"""A folded layer whose kernels are assembled by two GPU kernels."""
 
 from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,42 +16,26 @@ from torch import Tensor, nn
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
-from fdconv_deploy.ops.attention.launch import (
-    GateSizes,
-    Pooling,
-    finish_launch,
-    gates_launch,
-    pool_launch,
-)
+from fdconv_deploy.ops.attention.launch import GateSizes, Pooling
 from fdconv_deploy.ops.frequency_assembly.launch import (
     assembly_sizes,
     attend_rows_launch,
-    column_launch,
     column_transform,
-    half_shape,
     kernel_spectrum,
     root_table,
-    row_launch,
     transform_of,
 )
-from fdconv_deploy.ops.frequency_band_modulation.launch import (
-    BandSizes,
-    filter_launch,
-    modulate_launch,
-    project_launch,
-    takes_convolution,
+from fdconv_deploy.ops.frequency_band_modulation.launch import takes_convolution
+from fdconv_deploy.ops.torch_ops import (
+    assemble_kernels,
+    attend,
+    attend_and_assemble,
+    finish_convolution,
+    modulate_bands,
+    pool,
 )
-from fdconv_deploy.ops.launch import run_kernel
 
 Sides = tuple[int, int, int, int]
-
-
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _memory(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class Fork:
@@ -101,8 +85,6 @@ class FinishedConv2d(nn.Module):
     following BatchNorm in them; without a weight `run` is given one for each image.
     """
 
-    bias: Tensor | None
-
     def __init__(
         self,
         *,
@@ -126,7 +108,8 @@ class FinishedConv2d(nn.Module):
             self.register_buffer(name, tensor)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=_memory(self.channels_last))
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=memory)
 
     def run(
         self,
@@ -146,24 +129,13 @@ class FinishedConv2d(nn.Module):
             relu: whether negative values become 0.
 
         Returns:
-            The outcome, and where ``hidden`` is given that pooled: parts of its average and of the
-            hidden layer, see `Pooling`.
+            The outcome, and its parts of `attend` where ``hidden`` is given.
         """
         y = self._convolved(x, self.get_buffer("weight") if weight is None else weight,
                             shared=weight is None)  # fmt: skip
         if self.bias is None and shortcut is None and hidden is None and not relu:
             return y, None
-        pooling = Pooling(y.shape[1], y.shape[2] * y.shape[3], 0 if hidden is None else len(hidden))
-        last = not y.is_contiguous()
-        if shortcut is not None:
-            shortcut = shortcut.contiguous(memory_format=_memory(last))
-        launch = finish_launch(
-            pooling, last, _type(y.dtype), biased=self.bias is not None,
-            added=shortcut is not None, relu=relu, pooled=hidden is not None,
-        )  # fmt: skip
-        shape = (0,) if hidden is None else (len(y), pooling.splits, pooling.stride)
-        partial = y.new_empty(shape, dtype=torch.float32)
-        run_kernel(launch, y, self.bias, shortcut, hidden, partial, y)
+        partial = finish_convolution(y, self.bias, shortcut, hidden, relu)
         return y, None if hidden is None else partial
 
     def _convolved(self, x: Tensor, weight: Tensor, shared: bool) -> Tensor:
@@ -225,9 +197,11 @@ class FusedConv2d(nn.Module):
         folded = replace(folded, channel_side="kernel", filter_side="kernel")
         self.folded, self.dtype = folded, dtype
         self.channels_last = channels_last or folded.tokens
-        self.bands: FusedBandModulation | None = None
-        if folded.bands is not None:
-            self.bands = FusedBandModulation(folded.bands, dtype, channels_last)
+        self.bands = (
+            FusedBandModulation(folded.bands, dtype, channels_last)
+            if folded.bands is not None
+            else None
+        )
         constant = folded.constant_weight
         if constant is not None and folded.output_scale is not None:
             constant = constant * folded.output_scale[:, None, None, None]
@@ -235,42 +209,39 @@ class FusedConv2d(nn.Module):
             stride=folded.stride, padding=folded.padding, dilation=folded.dilation,
             bias=folded.bias, weight=constant, dtype=dtype, channels_last=self.channels_last,
         )  # fmt: skip
+        self.sizes: list[int] = []
+        self.pooling: list[int] = []
+        self.attends = False  # in the first kernel of the assembly
+        constants: dict[str, np.ndarray | None] = {}
         if self.dynamic:
-            self._prepare_assembly()
-
-    def _prepare_assembly(self) -> None:
-        """Constants and launches of the kernels that make the convolution's."""
-        folded, last = self.folded, self.channels_last
-        assert folded.spectrum is not None
-        spectrum = kernel_spectrum(*folded.spectrum.by_frequency())
-        self.sizes = sizes = assembly_sizes(folded, spectrum)
-        modulation, norm, local = folded.modulation, folded.modulation.norm, folded.local
-        pixels = math.prod(folded.input_size)
-        self.pooling = pooling = Pooling(folded.in_channels, pixels, len(modulation.hidden))
-        gates = GateSizes.of(modulation, local)
-        attending = attend_rows_launch(pooling, gates, modulation.kernel, sizes)
-        self.pool_launch = pool_launch(pooling, last, _type(self.dtype))
-        # None where the assembly's first kernel makes the gates.
-        self.gates_launch = gates_launch(pooling, gates) if attending is None else None
-        self.rows_launch = attending or row_launch(sizes)
-        self.columns_launch = column_launch(sizes, channels_last=last, dtype=_type(self.dtype))
-        column = column_transform(sizes.columns, folded.kernel_size[1])
-        constants = {
-            "hidden": modulation.hidden,
-            "hidden_bias": modulation.hidden_bias,
-            "norm_weight": None if norm is None else norm.weight,
-            "norm_bias": None if norm is None else norm.bias,
-            "heads": modulation.heads,
-            "head_bias": modulation.head_bias,
-            "average_weight": None if local is None else local.norm_weight,
-            "average_bias": None if local is None else local.norm_bias,
-            "values": spectrum.values,
-            "groups": spectrum.groups,
-            "row_table": root_table(sizes.rows, transform_of(sizes.rows)),
-            "column_table": root_table(sizes.columns, column),
-            "local_weight": None if local is None else local.weight,
-            "output_scale": folded.output_scale,
-        }
+            assert folded.spectrum is not None
+            spectrum = kernel_spectrum(*folded.spectrum.by_frequency())
+            sizes = assembly_sizes(folded, spectrum)
+            modulation, norm, local = folded.modulation, folded.modulation.norm, folded.local
+            pooling = Pooling(
+                folded.in_channels, math.prod(folded.input_size), len(modulation.hidden)
+            )
+            gates = GateSizes.of(modulation, local)
+            launch = attend_rows_launch(pooling, gates, modulation.kernel, sizes)
+            self.attends, self.sizes = launch is not None, sizes.numbers()
+            self.pooling = list(astuple(pooling))
+            column = column_transform(sizes.columns, folded.kernel_size[1])
+            constants = {
+                "values": spectrum.values,
+                "groups": spectrum.groups,
+                "row_table": root_table(sizes.rows, transform_of(sizes.rows)),
+                "column_table": root_table(sizes.columns, column),
+                "output_scale": folded.output_scale,
+                "hidden": modulation.hidden,
+                "hidden_bias": modulation.hidden_bias,
+                "heads": modulation.heads,
+                "head_bias": modulation.head_bias,
+                "norm_weight": None if norm is None else norm.weight,
+                "norm_bias": None if norm is None else norm.bias,
+                "average_weight": None if local is None else local.norm_weight,
+                "average_bias": None if local is None else local.norm_bias,
+                "local_weight": None if local is None else local.weight,
+            }
         for name, value in constants.items():
             self.register_buffer(name, None if value is None else torch.tensor(value))
 
@@ -282,36 +253,39 @@ class FusedConv2d(nn.Module):
     def _constants(self, names: str) -> list[Tensor | None]:
         return [getattr(self, name) for name in names.split()]
 
+    def _attentions(self) -> tuple[Any, ...]:
+        """What makes attentions of a pooled input, as `attend` takes it."""
+        names = "hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias"
+        sizes = GateSizes.of(self.folded.modulation, self.folded.local)
+        epsilons = [sizes.epsilon, sizes.average_epsilon]
+        return self._constants(names), self.pooling, epsilons, sizes.squared
+
+    def attention(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates ``(B, heads)`` and the normalised average ``(B, I)`` from the pooled input."""
+        modulation = self.folded.modulation
+        gates, average = attend(partial, *self._attentions(), not modulation.softmax)
+        if modulation.softmax:
+            lengths = [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
+            gates = torch.cat([part.softmax(1) for part in gates.split(lengths, 1)], 1)
+        return gates, average
+
     def kernels(self, partial: Tensor) -> Tensor:
         """One kernel per image, ``(B·O, I, kh, kw)`` of ``dtype``, from the pooled input."""
-        folded, sizes, batch = self.folded, self.sizes, len(partial)
-        attention = self._constants(
-            "hidden_bias norm_weight norm_bias heads head_bias average_weight average_bias"
-        )
-        spectrum = self._constants("values groups row_table")
-        gates = partial.new_empty((batch, sizes.heads))
-        # Normalised, for the local attention.
-        average = partial.new_empty((0,) if folded.local is None else (batch, folded.in_channels))
-        half = partial.new_empty((batch, *half_shape(sizes)))
-        if self.gates_launch is None:
-            run_kernel(self.rows_launch, partial, *attention, *spectrum, average, gates, half)
-        else:
-            run_kernel(self.gates_launch, partial, *attention, average, gates)
-            if folded.modulation.softmax:
-                parts = gates.split(folded.modulation.sizes, 1)
-                gates = torch.cat([part.softmax(1) for part in parts], 1)
-            run_kernel(self.rows_launch, gates, *spectrum, half)
-        shape = batch * folded.out_channels, folded.in_channels, *folded.kernel_size
-        weight = torch.empty(
-            shape, dtype=self.dtype, device=partial.device,
-            memory_format=_memory(self.channels_last),
-        )  # fmt: skip
-        table, *others = self._constants("column_table local_weight output_scale")
-        run_kernel(self.columns_launch, half, gates, table, average, *others, weight)
-        return weight
+        names = "values groups row_table column_table local_weight output_scale"
+        made = self._constants(names), self.sizes, self.dtype, self.channels_last
+        if self.attends:
+            kernel = self.folded.modulation.kernel
+            return attend_and_assemble(partial, *self._attentions(), kernel, *made)
+        return assemble_kernels(*self.attention(partial), *made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: of ``dtype`` at the folded size, on a GPU, or `BackendError`."""
+        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size, on a GPU, or `BackendError`."""
+        folded = self.folded
+        if folded.tokens:
+            # As a map, which in memory they are one of with its channels last.
+            tokens = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+            y, _ = self.run(tokens)
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
         return self.run(x)[0]
 
     def run(
@@ -323,10 +297,7 @@ class FusedConv2d(nn.Module):
         relu: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `FinishedConv2d.run`; ``partial``: the pooled input where something pooled it."""
-        folded, given = self.folded, x
-        if folded.tokens:
-            # As a map, which in memory they are one of with its channels last.
-            x = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        folded = self.folded
         expected = folded.in_channels, *folded.input_size
         if tuple(x.shape[1:]) != expected or x.dtype != self.dtype:
             raise BackendError(
@@ -334,7 +305,8 @@ class FusedConv2d(nn.Module):
                 f"{', '.join(map(str, expected))}), got {x.dtype} {tuple(x.shape)}. "
                 "Fold the network again for this size and type."
             )
-        x = x.contiguous(memory_format=_memory(self.channels_last))
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = x.contiguous(memory_format=memory)
         fork = Fork(x.device)
         modulated = x
         if self.bands is not None:
@@ -343,16 +315,11 @@ class FusedConv2d(nn.Module):
         kernels = None
         if self.dynamic:
             if partial is None:
-                shape = len(x), self.pooling.splits, self.pooling.stride
-                partial = x.new_empty(shape, dtype=torch.float32)
-                run_kernel(self.pool_launch, x, self.get_buffer("hidden"), partial)
+                partial = pool(x, self.get_buffer("hidden"))
             kernels = self.kernels(partial)
         if self.bands is not None:
             fork.join()
-        y, parts = self.convolution.run(modulated, kernels, shortcut, hidden, relu)
-        if folded.tokens:
-            y = y.permute(0, 2, 3, 1).reshape(*given.shape[:-1], -1)
-        return y, parts
+        return self.convolution.run(modulated, kernels, shortcut, hidden, relu)
 
 
 class FusedBandModulation(nn.Module):
@@ -382,51 +349,31 @@ class FusedBandModulation(nn.Module):
         if channels_last and not own:
             weight = self.get_buffer("conv_weight")
             self.conv_weight = weight.contiguous(memory_format=torch.channels_last)
-        self.sizes = sizes = BandSizes(
-            bands.conv_weight.shape[1] * bands.groups, bands.height, bands.width,
-            bands.to_columns.shape[1], 2 if bands.complex_rows else 1,
-            tuple(band.columns for band in bands.bands), bands.groups, bands.mix.shape[1],
-            window if own else 0,
-        )  # fmt: skip
-        form: Any = sizes, channels_last, _type(dtype)
-        # Softmax is PyTorch's, over logits that the bias was added to.
-        there = not bands.softmax
-        self.launches = (
-            project_launch(*form),
-            filter_launch(*form),
-            modulate_launch(*form, biased=there, sigmoid=there),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: at the folded size, in the memory format."""
-        sizes, batch, memory = self.sizes, len(x), _memory(self.channels_last)
-        mix, bias = self.get_buffer("mix"), self.get_buffer("conv_bias")
-        projected = x.new_empty((batch, sizes.height, sizes.count, sizes.channels))
-        filtered = x.new_empty((batch, sizes.rows, sizes.stored, sizes.channels))
-        y = torch.empty_like(x, memory_format=memory)
-        if self.own:
-            windows: Tensor | None = self.get_buffer("windows")
-            shape = batch, sizes.channel_blocks, sizes.shares, sizes.height * sizes.width
-            given = x.new_empty(shape, dtype=torch.float32)
-            shape = batch, sizes.maps, sizes.height, sizes.width
-            logits = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory)
-        else:
-            windows, given = None, mix  # any float32: no kernel follows it
-            logits = self._logits(x).contiguous(memory_format=memory)
-        project, filter_rows, modulate = self.launches
-        run_kernel(project, x, self.get_buffer("to_columns"), windows, given, projected)
-        run_kernel(filter_rows, projected, self.get_buffer("through"), given, logits, filtered)
-        run_kernel(
-            modulate, x, logits, bias, mix, self.get_buffer("mix_bias"), filtered,
-            self.get_buffer("from_columns"), y,
-        )  # fmt: skip
-        return y
+        bands = self.bands
+        shift: Tensor | None = self.get_buffer("conv_bias")
+        logits = None if self.own else self._logits(x)
+        if bands.softmax and logits is not None:
+            batch, _, height, width = x.shape
+            grouped = logits.float() + self.get_buffer("conv_bias")[:, None, None]
+            grouped = grouped.reshape(batch, bands.groups, -1, height, width).softmax(1)
+            logits, shift = grouped.reshape(logits.shape).to(x.dtype), None
+        return modulate_bands(
+            x,
+            logits,
+            self.get_buffer("windows") if self.own else None,
+            shift,
+            self.get_buffer("mix"),
+            self.get_buffer("mix_bias"),
+            self.get_buffer("to_columns"),
+            self.get_buffer("through"),
+            self.get_buffer("from_columns"),
+            [band.columns for band in bands.bands],
+            not bands.softmax,
+        )
 
     def _logits(self, x: Tensor) -> Tensor:
-        bands, weight = self.bands, self.get_buffer("conv_weight")
-        logits = F.conv2d(x, weight, None, padding=weight.shape[-1] // 2, groups=bands.groups)
-        if not bands.softmax:
-            return logits
-        grouped = logits.float() + self.get_buffer("conv_bias")[:, None, None]
-        grouped = grouped.unflatten(1, (bands.groups, -1)).softmax(1)
-        return grouped.reshape(logits.shape).to(x.dtype)
+        weight = self.get_buffer("conv_weight")
+        return F.conv2d(x, weight, None, padding=weight.shape[-1] // 2, groups=self.bands.groups)

@@ -94,12 +94,13 @@ class Pooling:
         return make_launch(kernel, pointers, types, constants, blocks, self.warps)
 
 
+@lru_cache(maxsize=2048)
 def pool_launch(pooling: Pooling, channels_last: bool, dtype: str = "float32") -> KernelLaunch:
     """Of pooling alone, for inputs of a type."""
     return pooling.launch("pool_kernel", "x hidden_weight partial", channels_last, dtype)
 
 
-@lru_cache(maxsize=2048)  # made anew at each call of a network
+@lru_cache(maxsize=2048)
 def finish_launch(
     pooling: Pooling,
     channels_last: bool,
@@ -163,6 +164,7 @@ def gate_constants(pooling: Pooling, sizes: GateSizes, averages: int, parts: int
     }
 
 
+@lru_cache(maxsize=2048)
 def gates_launch(pooling: Pooling, sizes: GateSizes) -> KernelLaunch:
     """The launch of the gates kernel, on what `pool_launch` or `finish_launch` pooled."""
     constants = gate_constants(pooling, sizes, averages=4096, parts=2048)

@@ -286,6 +286,7 @@ def half_shape(sizes: AssemblySizes) -> tuple[int, int, int, int]:
     return -(-sizes.rows // block), 2, sizes.tiles * sizes.width, block
 
 
+@lru_cache(maxsize=2048)
 def row_launch(sizes: AssemblySizes) -> KernelLaunch:
     """The launch of the row kernel, which runs first."""
     pointers, types = "gates values groups table half", {"groups": sizes.group_type}
@@ -311,6 +312,7 @@ def row_launch(sizes: AssemblySizes) -> KernelLaunch:
 HEADS_A_THREAD, PARTS_A_THREAD = 32, 16
 
 
+@lru_cache(maxsize=2048)
 def attend_rows_launch(
     pooling: Pooling, gates: GateSizes, kernel: int, sizes: AssemblySizes
 ) -> KernelLaunch | None:
@@ -345,6 +347,7 @@ def attend_rows_launch(
     return make_launch("attend_rows_kernel", pointers, types, constants, blocks, warps)
 
 
+@lru_cache(maxsize=2048)
 def column_launch(
     sizes: AssemblySizes, *, channels_last: bool = False, dtype: str = "float32"
 ) -> KernelLaunch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fdconv_deploy.ops.launch import (
@@ -120,6 +121,7 @@ def _launch(
     return make_launch(kernel, pointers, types, constants, blocks, warps, STAGES)
 
 
+@lru_cache(maxsize=2048)
 def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
     """Image rows onto the widest band's frequencies."""
     count_block, channel_block = _block(sizes.count, 32), _block(sizes.channels)
@@ -135,6 +137,7 @@ def project_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelL
     return _launch("project_rows_kernel", pointers, constants, blocks, dtype, warps)
 
 
+@lru_cache(maxsize=2048)
 def filter_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLaunch:
     """Each band's low-pass along the columns of pixels, and the logits where they are made here."""
     row_block = _block(sizes.rows, 32)
@@ -154,6 +157,7 @@ def filter_launch(sizes: BandSizes, channels_last: bool, dtype: str) -> KernelLa
     return _launch("filter_columns_kernel", pointers, constants, blocks, dtype)
 
 
+@lru_cache(maxsize=2048)
 def modulate_launch(
     sizes: BandSizes, channels_last: bool, dtype: str, *, biased: bool, sigmoid: bool
 ) -> KernelLaunch:

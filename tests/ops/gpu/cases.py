@@ -8,11 +8,13 @@ largest value. Triton reads the variable when it is imported, so tests run this 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
@@ -20,11 +22,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+import fdconv_deploy.folding.cuda.layer as layer_module
 from benchmarks.gpu.launches import launches
 from fdconv_deploy.folding.cuda import FusedConv2d, fuse_network
-from fdconv_deploy.folding.cuda import layer as layer_module
 from fdconv_deploy.folding.layer import FoldedConv, fold_layer
 from fdconv_deploy.nn import FDConv2d, FDLinear, FDTokenConv
+from fdconv_deploy.ops import torch_ops
 from fdconv_deploy.ops.frequency_assembly.launch import column_transform, transform_of
 from fdconv_deploy.ops.launch import run_kernel
 from tests.reference.lively import enliven, error, lively_input
@@ -209,7 +212,7 @@ def layer_errors(case: Case) -> dict[str, Any]:
         column_transform(folded.spectrum.columns, folded.kernel_size[1]) is None,
     )
     result["sides"] = folded.channel_side, folded.filter_side
-    result["attends"] = fused.gates_launch is None
+    result["attends"] = fused.attends
     result["wide"] = fused.get_buffer("groups").dtype == torch.int32
     return result
 
@@ -303,7 +306,7 @@ def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
         launched.append(launch.kernel)
         run_kernel(launch, *given)
 
-    with patch.object(layer_module, "run_kernel", recorded):
+    with patch.object(torch_ops, "run_kernel", recorded):
         actual = fused(x)
     counted = [one for one in launches(fused, x) if one.launch is not None]
     uses = [m for m in fused.network.modules() if type(m).__name__ == "_Use"]
@@ -319,11 +322,42 @@ def network_errors(dtype: torch.dtype, channels_last: bool) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def operator_checks() -> dict[str, Any]:
+    """What PyTorch asks of an operator: a true schema, a fake that tells shape and strides."""
+    given: list[tuple[Any, tuple[Any, ...]]] = []
+    arguments = {"use_fbm_if_k_in": [1], "fbm_cfg": {"k_list": [2, 4]}}
+    case = Case((18, 20), groups=5, size=(12, 8), arguments=arguments)
+    alone = {**ONLY, "ksm_global_act": "softmax"}
+    softmax = FDConv2d(18, 18, 1, kernel_num=3, **alone)
+    layers = case.layer(), torch.nn.ReLU(), FDConv2d(20, 18, 1, kernel_num=3), softmax
+    network = torch.nn.Sequential(*layers)
+    operators = (
+        "assemble_kernels attend_and_assemble pool finish_convolution attend modulate_bands".split()
+    )
+    for last in (False, True):
+        with ExitStack() as stack:
+            for name in operators:
+                function = getattr(torch_ops, name)
+
+                def record(*a: Any, function: Any = function) -> Any:
+                    given.append((function, tuple(copy.deepcopy(a))))
+                    return function(*a)
+
+                stack.enter_context(patch.object(layer_module, name, record))
+            x = lively_input((1, 18, 12, 8))
+            fuse_network(network.eval(), x, dtype=torch.float16, channels_last=last)(x)
+    for operator, call in given:
+        torch.library.opcheck(operator, call, test_utils=("test_schema", "test_faketensor"))
+    return {"operators": sorted({operator._name for operator, _ in given})}
+
+
 NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
     "network": lambda: network_errors(torch.float32, channels_last=False),
     "network, half, last": lambda: network_errors(torch.float16, channels_last=True),
     "in place": lambda: in_place_errors(channels_last=False),
     "in place, last": lambda: in_place_errors(channels_last=True),
+    "operators": operator_checks,
 }
 
 

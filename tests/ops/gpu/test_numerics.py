@@ -110,3 +110,9 @@ def test_what_changes_in_place_is_read_as_it_was(results, name):
     result = results[name]
     assert "failed" not in result, result["failed"]
     assert max(result["errors"]) <= TOLERANCE["float32"]
+
+
+@pytest.mark.timeout(900)
+def test_the_operators_are_what_they_tell_pytorch(results):
+    expected = "assemble_kernels attend attend_and_assemble finish_convolution modulate_bands pool"
+    assert results["operators"].get("operators") == expected.split(), results["operators"]
