@@ -30,7 +30,7 @@ from fdconv_deploy.export import export_module
 from fdconv_deploy.export.validation.sample_inputs import sample_tensor
 from fdconv_deploy.latency import machine, ratio
 from fdconv_deploy.latency.measure import Schedule, Series, sample_until_steady
-from fdconv_deploy.latency.targets import RunOptions, Target
+from fdconv_deploy.latency.networks import RunOptions, Target
 from fdconv_deploy.latency.workers import Worker
 from fdconv_deploy.ops.native import native_library
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fdconv_deploy.latency.targets import OpenTarget, Target
+from fdconv_deploy.latency.networks import OpenTarget, Target
 from fdconv_deploy.sample_images import sample_batch
 
 WEIGHTS = "weights.safetensors"

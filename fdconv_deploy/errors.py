@@ -14,6 +14,10 @@ class FDConvError(Exception):
     command_line: str | None = None
 
 
+class UsageError(FDConvError):
+    """Options that are none, or do not fit together or to what was given."""
+
+
 class UnsupportedLayerError(FDConvError, ValueError):
     """An FDConv layer's arguments describe something that cannot be built."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint
 from fdconv_deploy.demo import held_out, packaged_checkpoint
-from fdconv_deploy.latency.targets import RunOptions, Target, expand_targets, load_network
+from fdconv_deploy.latency.networks import RunOptions, Target, expand_targets, load_network
 from tests.test_cli import fdconv
 
 BIAS = "decode_head.conv_seg.bias"

@@ -10,6 +10,7 @@ picture of a few answers into ``docs/instances.png``.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,13 @@ from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import (
     HELD_OUT_SEEDS,
     assets_folder,
-    detector_record,
     held_out,
     held_out_instances,
     packaged_detector,
 )
 from fdconv_deploy.evaluation.coco import CocoSet, read_coco
 from fdconv_deploy.evaluation.compare import Evaluation, evaluate
-from fdconv_deploy.evaluation.targets import bundle_target, torch_target
+from fdconv_deploy.evaluation.networks import bundle_target, torch_target
 from fdconv_deploy.export import export_checkpoint
 from fdconv_deploy.runtime import Session, open_session, read_image
 
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=len(EVALUATION_SEEDS))
     parser.add_argument("--picture", type=Path, default=Path("docs/instances.png"))
     given = parser.parse_args()
-    record = detector_record()
+    record = json.loads((assets_folder() / "instances_training.json").read_text())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "scenes").mkdir()

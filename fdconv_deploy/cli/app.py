@@ -27,7 +27,7 @@ from fdconv_deploy.cli.segment import segment
 from fdconv_deploy.cli.serve import serve
 from fdconv_deploy.cli.stopping import unwinding_when_stopped
 from fdconv_deploy.cli.verify import verify
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import FDConvError, UsageError
 from fdconv_deploy.version import __version__
 
 # What an option's value is called in the help, where the option gives it no name of its own.
@@ -35,6 +35,7 @@ _VALUES = {bool: "", int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def _name_values(parameters: list[Any]) -> list[Any]:
+    """Names for their values in the help, as people say them, instead of their Python types."""
     for parameter in parameters:
         if isinstance(parameter, TyperArgument):  # its own name says what it is
             setattr(parameter, "display_type_rich", lambda ctx: None)  # noqa: B010
@@ -46,18 +47,12 @@ def _name_values(parameters: list[Any]) -> list[Any]:
 
 
 class _Command(TyperCommand):
-    """A command whose help names values as people do, instead of by their Python types."""
-
     def get_params(self, ctx: Any) -> Any:
-        """The parameters, with names for their values."""
         return _name_values(super().get_params(ctx))
 
 
 class _Group(TyperGroup):
-    """The same for the command line itself."""
-
     def get_params(self, ctx: Any) -> Any:
-        """The parameters, with names for their values."""
         return _name_values(super().get_params(ctx))
 
 
@@ -95,16 +90,6 @@ for _command in (*_WORK, demo, doctor):
     app.command(cls=_Command)(_command)
 
 
-def _needed(error: ImportError) -> str:
-    """What to install when a package that not every command needs is missing."""
-    from fdconv_deploy.environment import missing
-
-    what = missing(error, "export")  # what runs bundles says itself which backend lacks it
-    if what is None:
-        raise error  # no package of a user's choice: a mistake of ours, or a broken installation
-    return f"this command needs {what}"
-
-
 def _message(error: Exception) -> str:
     """The sentence that explains a user's mistake; other errors are raised again."""
     if isinstance(error, FDConvError):
@@ -113,8 +98,11 @@ def _message(error: Exception) -> str:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}. Give another path, or free that one."
     if isinstance(error, ImportError):
-        return _needed(error)
-    raise error
+        from fdconv_deploy.environment import missing
+
+        if what := missing(error, "export"):  # what runs bundles says itself which backend lacks it
+            return f"this command needs {what}"
+    raise error  # a mistake of ours, or a broken installation
 
 
 def main() -> None:
@@ -123,7 +111,7 @@ def main() -> None:
         with unwinding_when_stopped():
             app()
     except Exception as error:
-        message = _message(error)
+        message, code = _message(error), 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         sys.exit(130)
     else:
@@ -131,4 +119,4 @@ def main() -> None:
     err.print("[bold red]error:[/] ", end="")
     # As it is: a path may look like markup.
     err.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    sys.exit(code)

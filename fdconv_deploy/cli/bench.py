@@ -23,7 +23,7 @@ from fdconv_deploy.cli.options import (
     parse_size,
 )
 from fdconv_deploy.environment import needed_by
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import FDConvError, UsageError
 from fdconv_deploy.ops.native import NCHW, Native
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def bench(
 ) -> None:
     """Time bundles, checkpoints and services side by side."""
     from fdconv_deploy.latency import machine, measure, report
-    from fdconv_deploy.latency.targets import RunOptions, expand_targets
+    from fdconv_deploy.latency.networks import RunOptions, expand_targets
     from fdconv_deploy.runtime.backends.threads import available_cores
 
     outputs = [(json, report.as_json), (markdown, report.markdown), (csv, report.csv)]
@@ -140,7 +140,8 @@ def bench(
             from fdconv_deploy.latency.html import page
         outputs.append((html, page))
     wanted = [(file, render) for file, render in outputs if file is not None]
-    check_places([file for file, _ in wanted])
+    files = [file for file, _ in wanted]
+    check_places(files)
     targets, skipped = expand_targets(
         paths or [],
         RunOptions(
@@ -183,7 +184,7 @@ def bench(
         measure.add_divergences(found, compared, on_progress)
     for file, render in wanted:
         write(file, render(found))
-    if not quiet and STDOUT not in [file for file, _ in wanted]:
+    if not quiet and STDOUT not in files:
         show(found, Console())
     broken = list(report.broken_limits(found, fail_under, fail_over, fail_ratio))
     if broken:
@@ -191,16 +192,12 @@ def bench(
 
 
 def check_places(files: list[Path]) -> None:
-    """Refuse files that could not be written, before minutes are spent.
-
-    Raises:
-        FDConvError: a folder is missing, or two outputs are one file.
-    """
+    """Refuse files that could not be written, before minutes are spent."""
     for file in files:
         if file != STDOUT and not file.parent.is_dir():
             raise FDConvError(f"{file} cannot be written: there is no folder {file.parent}.")
         if files.count(file) > 1:
-            raise FDConvError(f"Two outputs would be written to {file}. Give each its own.")
+            raise UsageError(f"Two outputs would be written to {file}. Give each its own.")
 
 
 def write(file: Path, text: str) -> None:

@@ -37,7 +37,7 @@ def demo(
     from fdconv_deploy.evaluation.class_mapping import LabelRule
     from fdconv_deploy.evaluation.compare import evaluate
     from fdconv_deploy.evaluation.datasets import Pair, Samples
-    from fdconv_deploy.evaluation.targets import bundle_target, torch_target
+    from fdconv_deploy.evaluation.networks import bundle_target, torch_target
     from fdconv_deploy.export.api import export_checkpoint
     from fdconv_deploy.export.validation.verdict import refusal
     from fdconv_deploy.export.validation.verify import verify_bundle

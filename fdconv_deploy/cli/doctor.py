@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -51,15 +51,12 @@ _FLOAT32 = 1e-3
 
 @dataclass
 class Timing:
-    """What a bundle's run took here in one backend.
-
-    difference: of the answers from those of ONNX Runtime with portable operators, relative to the
-    largest value.
-    """
+    """What a bundle's run took here in one backend."""
 
     backend: str
     operators: str
     milliseconds: float
+    # Of answers from those of ONNX Runtime with portable operators, relative to the largest value.
     difference: float
 
 
@@ -93,33 +90,32 @@ def doctor(
 
 
 def _diagnose() -> dict[str, Any]:
-    """For JSON: what this machine has of what FDConv Deploy can use.
-
-    ``backends``: why each cannot be used here, null where it can. ``timings`` and ``refused``: of
-    a bundle in usable backends, and why others of those do not take it.
-    """
-    from fdconv_deploy.latency.machine import describe_gpus
+    """For JSON: what this machine has of what FDConv Deploy can use; see also `_timings`."""
+    from fdconv_deploy.latency import machine
     from fdconv_deploy.ops.native import native_library
     from fdconv_deploy.runtime.backends.threads import available_cores
 
     library, why = native_library()
-    gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in describe_gpus()]
+    described = [gpu.describe() for gpu in machine.gpus()]
+    gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in described]
     if not gpus and nvidia_driver():
         gpus = ["an NVIDIA driver is installed; nvidia-ml-py (extra gpu) would tell its GPUs"]
-    wanted = extras()
+    providers, wanted = None, extras()
+    with suppress(ImportError):
+        import onnxruntime
+
+        providers = list(onnxruntime.get_available_providers())
     return {
         "fdconv_deploy": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": available_cores(),
         "native_operators": f"{'in use' if library else 'not in use'}: {why}",
-        "onnxruntime_providers": _providers(),
+        "onnxruntime_providers": providers,
         "clash": clashing_runtimes(),
         "backends": _backends(),
         "gpus": gpus,
-        "purposes": [
-            _purpose(extra, purpose, wanted.get(extra, [])) for extra, purpose in _PURPOSES.items()
-        ],
+        "purposes": [_purpose(extra, wanted.get(extra, [])) for extra in _PURPOSES],
         "recommended": "auto; to have a bundle timed in every backend: fdconv doctor BUNDLE",
         "timings": [],
         "refused": {},
@@ -141,23 +137,20 @@ def _timings(path: Path, backends: Sequence[str]) -> tuple[list[Timing], dict[st
             return stack.enter_context(open_session(bundle, name, native=native))
 
         expected = opened("onnxruntime-cpu", native=False).run_raw(feeds)
-        sessions, answers, refused = {}, {}, {}
+        found, runs, refused = {}, {}, {}
         for name in backends:
             try:
                 session = opened(name)
-                answers[name] = session.run_raw(feeds)
-                sessions[name] = session
+                furthest = max(differences(session.run_raw(feeds), expected).values())
             except BackendError as error:  # noqa: PERF203 - TensorRT without engines, say
                 refused[name] = str(error)
-        seconds = least_seconds({n: partial(s.run_raw, feeds) for n, s in sessions.items()})
+            else:
+                found[name] = session.operators, furthest
+                runs[name] = partial(session.run_raw, feeds)
+        seconds = least_seconds(runs)
         timings = [
-            Timing(
-                backend=name,
-                operators=session.operators,
-                milliseconds=round(seconds[name] * 1e3, 2),
-                difference=max(differences(answers[name], expected).values()),
-            )
-            for name, session in sessions.items()
+            Timing(name, operators, round(seconds[name] * 1e3, 2), furthest)
+            for name, (operators, furthest) in found.items()
         ]
         return timings, refused
 
@@ -179,7 +172,7 @@ def recommended(timings: Sequence[Timing]) -> str:
 
 
 def _backends() -> dict[str, str | None]:
-    """Each backend of the runtime, and why it cannot be used here; None where it can."""
+    """Why each backend of the runtime cannot be used here; None where it can."""
     from fdconv_deploy.runtime.backends import BACKENDS, BackendOptions
     from fdconv_deploy.runtime.backends.onnxruntime import cuda_problem
 
@@ -193,21 +186,13 @@ def _backends() -> dict[str, str | None]:
     return {name: problem(name) for name in BACKENDS}
 
 
-def _providers() -> list[str] | None:
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    return list(onnxruntime.get_available_providers())
-
-
-def _purpose(extra: str, purpose: str, packages: Sequence[str]) -> dict[str, Any]:
+def _purpose(extra: str, packages: Sequence[str]) -> dict[str, Any]:
     """What an extra is for, what of it is here, and what installs the rest."""
     serving = {package: installed_for(package) for package in packages}
     missing = [package for package, found in serving.items() if found is None]
     return {
         "extra": extra,
-        "purpose": purpose,
+        "purpose": _PURPOSES[extra],
         "installed": dict(filter(None, serving.values())),
         "missing": missing,
         "install": install(*missing, extra=extra or None) if missing else None,

@@ -99,8 +99,8 @@ def evaluate(
     from fdconv_deploy.evaluation.coco import CocoSet, find_coco, read_coco
     from fdconv_deploy.evaluation.compare import evaluate as score
     from fdconv_deploy.evaluation.datasets import Samples, find_pairs, labelled_samples, layout_of
+    from fdconv_deploy.evaluation.networks import open_targets
     from fdconv_deploy.evaluation.panoptic import PanopticSet
-    from fdconv_deploy.evaluation.targets import open_targets
 
     labels = masks or annotations
     if (data is None) == (images is None) or (images is None) != (labels is None):
@@ -120,10 +120,10 @@ def evaluate(
         images, masks = layout_of(data)
     assert images
     paths = [network, *(against or [])]
-    how: dict[str, Any] = {"config": config, "overrides": parse_settings(settings)}
-    how["weights"] = weights
+    how: dict[str, Any] = dict(config=config, overrides=parse_settings(settings), weights=weights)
     samples: CocoSet | PanopticSet | Samples
-    with _progress(hidden=quiet or as_json) as bar:
+    columns, hidden = (*Progress.get_default_columns(), MofNCompleteColumn()), quiet or as_json
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
         # What needs no network is read before any is loaded.
         if annotations and not masks:
             import pycocotools.mask  # noqa: F401 - reported as missing before images are run
@@ -191,11 +191,6 @@ def _verify(paths: list[Path], image: Path, **how: Any) -> None:
                 print(*verdict.sentences(), sep="\n")
 
 
-def _progress(*, hidden: bool) -> Progress:
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    return Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
-
-
 def _counting(bar: Progress, what: str, total: int) -> Callable[[int], None]:
     task = bar.add_task(what, total=total)
     return lambda done: bar.update(task, completed=done)
@@ -216,19 +211,19 @@ _PRECISIONS = {
     "AP large": "large",
     "recall, 100 an image": "recall",
 }
-_MEANS: dict[str, dict[str, tuple[str, ...]]] = {
+_MEANS: dict[str, dict[str, str]] = {
     "IoU": {
-        "mIoU": ("mean_iou",),
-        "pixel accuracy": ("pixel_accuracy",),
-        "mean class accuracy": ("mean_accuracy",),
+        "mIoU": "mean_iou",
+        "pixel accuracy": "pixel_accuracy",
+        "mean class accuracy": "mean_accuracy",
     },
     "AP": {
-        f"{kind} {title}": (kind, field)
+        f"{kind} {title}": f"{kind}.{field}"
         for kind in ("box", "mask")
         for title, field in _PRECISIONS.items()
     },
     "PQ": {
-        f"{name.upper()}, {kind}": ("panoptic", kind, name)
+        f"{name.upper()}, {kind}": f"panoptic.{kind}.{name}"
         for kind in ("all", "things", "stuff")
         for name in ("pq", "sq", "rq")
     },
@@ -237,8 +232,18 @@ _MEANS: dict[str, dict[str, tuple[str, ...]]] = {
 
 def show(result: Evaluation, console: Console, quiet: bool) -> None:
     """Print scores by class, and means, of all targets side by side."""
+    from fdconv_deploy.latency.report import flat
+
     report, score = result.as_dict(), result.results[0].score
     sides: list[dict[str, Any]] = report["sides"]
+    scores = [dict(flat(side)) for side in sides]
+
+    def add_row(table: Table, name: str, field: str) -> None:
+        """What is in a field of each side's report, if it is in one."""
+        if any(field in one for one in scores):
+            values = [one.get(field) for one in scores]
+            table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))
+
     names = [Path(side["name"]).name for side in sides]
     if len(set(names)) < len(names):
         names = [side["name"] for side in sides]
@@ -249,32 +254,19 @@ def show(result: Evaluation, console: Console, quiet: bool) -> None:
         table = Table(f"{score.measure} by class", *names)
         # A panoptic network's last class is that of what is in no segment.
         scored = sides[0]["classes"][: -1 if score.measure == "PQ" else None]
-        for index, one in enumerate(scored):
+        for number, one in enumerate(scored, 1):
             for kind, key in _CLASSES[score.measure].items():
-                _add_row(table, one["name"] + kind, sides, ("classes", index, key))
+                add_row(table, one["name"] + kind, f"classes {number}.{key}")
         console.print(table)
     title = f"{result.images} images"
     if "objects" in report:
         crowds = f", {report['crowds']} of them crowds" if report["crowds"] else ""
         title += f", {report['objects']} objects{crowds}"
     table = Table(title, *names)
-    for name, path in _MEANS[score.measure].items():
-        _add_row(table, name, sides, path)
+    for name, field in _MEANS[score.measure].items():
+        add_row(table, name, field)
     table.add_row("images/s", *(f"{side['images_per_second']:.2f}" for side in sides))
     if len(sides) > 1:
         same = (f"{side['agreement']:.4%}" for side in sides)
         table.add_row(f"same {score.unit} as the first", *same)
     console.print(table)
-
-
-def _add_row(table: Table, name: str, sides: list[Any], path: tuple[Any, ...]) -> None:
-    """A row of what is at a place of each side's report, if it is in one."""
-    *parts, key = path
-    found = []
-    for side in sides:
-        for part in parts:
-            side = side[part] if side else None  # null: scores that the network does not have
-        found.append(side or {})
-    if any(key in scores for scores in found):
-        values = [scores.get(key) for scores in found]
-        table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in values))

@@ -46,7 +46,7 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "memory_gb": round(memory("MemTotal") / 1e9, 1),
         "load_at_start": round(os.getloadavg()[0], 2),
-        "gpus": describe_gpus(),
+        "gpus": [gpu.describe() for gpu in gpus()],
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,
         "commit": commit(),
@@ -288,8 +288,3 @@ def watched(gpu: Gpu | None, interval: float = 0.02) -> Iterator[list[Reading]]:
     finally:
         done.set()
         thread.join()
-
-
-def describe_gpus() -> list[dict[str, Any]]:
-    """Every GPU, as JSON."""
-    return [gpu.describe() for gpu in gpus()]

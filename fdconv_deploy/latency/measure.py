@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import FDConvError, UsageError
 from fdconv_deploy.latency import Clock, Interleaver, machine, ratio
-from fdconv_deploy.latency.report import Divergences, GpuState, Profile, Report, Row, Span
-from fdconv_deploy.latency.targets import (
+from fdconv_deploy.latency.networks import (
     Opened,
     Skipped,
     Target,
@@ -28,6 +27,7 @@ from fdconv_deploy.latency.targets import (
     load_network,
     opened_bundle,
 )
+from fdconv_deploy.latency.report import Divergences, GpuState, Profile, Report, Row, Span
 from fdconv_deploy.latency.workers import Sample, Worker
 from fdconv_deploy.ops.native import native_library
 from fdconv_deploy.profiling import WARM_UP
@@ -215,6 +215,8 @@ def _row(opened: Opened, series: Series, first: Series | None) -> Row:
     images = opened.batch * len(seconds)
     joules = [sample.joules for sample in samples if sample.joules is not None]
     phases = [asdict(phases) for sample in samples for phases in sample.phases]
+    names = phases[0] if phases else ()
+    medians = {name: np.median([one[name] for one in phases]) for name in names}
     return Row(
         **opened.model_dump(),
         concurrency=series.concurrency,
@@ -225,14 +227,13 @@ def _row(opened: Opened, series: Series, first: Series | None) -> Row:
         windows_ms=[round(median * 1e3, 4) for median in series.windows],
         over_first=ratio(series.medians, first.medians) if first else None,
         joules_per_image=round(sum(joules) / images, 4) if joules else None,
-        phases_ms=_medians_ms(phases) if phases else None,
+        phases_ms=_ms(medians) or None,
         gpu=_gpu_state([reading for sample in samples for reading in sample.readings]),
     )
 
 
-def _medians_ms(phases: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = phases[0]
-    return {n: round(float(np.median([run[n] for run in phases])) * 1e3, 4) for n in names}
+def _ms(seconds: Mapping[str, Any]) -> dict[str, float]:
+    return {name: round(float(value) * 1e3, 4) for name, value in seconds.items()}
 
 
 def _gpu_state(readings: Sequence[machine.Reading]) -> GpuState | None:
@@ -250,9 +251,8 @@ def _gpu_state(readings: Sequence[machine.Reading]) -> GpuState | None:
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     shares = {"p50": 50, "p90": 90, "p99": 99, "q1": 25, "q3": 75, "min": 0}
-    found = dict(zip(shares, np.percentile(seconds, list(shares.values())), strict=True))
-    found["mean"] = np.mean(seconds)
-    return {name: round(float(value) * 1e3, 4) for name, value in found.items()}
+    found = zip(shares, np.percentile(seconds, list(shares.values())), strict=True)
+    return _ms({**dict(found), "mean": np.mean(seconds)})
 
 
 def add_profiles(report: Report, targets: Sequence[Target], progress: Progress) -> None:
@@ -303,22 +303,24 @@ def _profile(target: Target) -> Profile:
         )
 
 
-def _first_of_each(targets: Sequence[Target]) -> Iterator[Target]:
+def _first_of_each(targets: Sequence[Target]) -> Iterable[Target]:
     """The first target of each source and kind of operators; services have no layers."""
-    with_layers = [target for target in targets if target.kind != "service"]
-    found = {(target.source, target.native): target for target in reversed(with_layers)}
-    yield from reversed(found.values())
+    found: dict[Any, Target] = {}
+    for target in targets:
+        if target.kind != "service":
+            found.setdefault((target.source, target.native), target)
+    return found.values()
 
 
 def compared_bundles(targets: Sequence[Target]) -> list[Target]:
     """One target of each bundle, whose divergence from the first is told.
 
     Raises:
-        FDConvError: there are no two.
+        UsageError: there are no two.
     """
     found = {one.source: one for one in _first_of_each(targets) if one.kind == "bundle"}
     if len(found) < 2:
-        raise FDConvError("Divergence is that of a second bundle from the first: give two bundles.")
+        raise UsageError("Divergence is that of a second bundle from the first: give two bundles.")
     return list(found.values())
 
 

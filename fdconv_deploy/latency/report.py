@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, computed_field
 
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.targets import Opened, Skipped
+from fdconv_deploy.latency.networks import Opened, Skipped
 from fdconv_deploy.profiling import PARTS, Divergence, LayerTime
 
 # A GPU's clock that moves by more than this share of itself makes times of one row differ.
@@ -212,11 +212,8 @@ def cells(report: Report) -> Columns:
             columns["vs. first"][place] = "1"
     if all(row.concurrency == 1 for row in rows):
         del columns["concurrency"]
-    shown = {title: column for title, column in columns.items() if any(column)}
-    return {
-        "": [row.label for row in rows],
-        **{title: [cell or "–" for cell in column] for title, column in shown.items()},
-    }
+    shown = {t: [one or "–" for one in column] for t, column in columns.items() if any(column)}
+    return {"": [row.label for row in rows], **shown}
 
 
 def head(report: Report) -> str:

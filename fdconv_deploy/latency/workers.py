@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from fdconv_deploy.environment import missing
 from fdconv_deploy.errors import BackendError, FDConvError
 from fdconv_deploy.latency import machine
-from fdconv_deploy.latency.targets import Opened, Target, UnavailableError, open_target
+from fdconv_deploy.latency.networks import Opened, Target, UnavailableError, open_target
 from fdconv_deploy.runtime.backends.base import Phases
 
 # What is imported before opening a target of each kind is timed.

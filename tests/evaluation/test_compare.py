@@ -20,7 +20,7 @@ from fdconv_deploy.evaluation.datasets import (
     SemanticScore,
     find_pairs,
 )
-from fdconv_deploy.evaluation.targets import bundle_target, torch_target
+from fdconv_deploy.evaluation.networks import bundle_target, torch_target
 from fdconv_deploy.runtime import Segmentation, open_session
 from tests.evaluation.answers import labelled
 from tests.reference.segmentor import predict

@@ -19,7 +19,7 @@ from fdconv_deploy.evaluation.coco import (
 )
 from fdconv_deploy.evaluation.compare import Target, evaluate
 from fdconv_deploy.evaluation.datasets import DatasetError
-from fdconv_deploy.evaluation.targets import bundle_target
+from fdconv_deploy.evaluation.networks import bundle_target
 from fdconv_deploy.runtime import Detection, open_session
 from tests.evaluation.drawn_streets import as_found, drawn
 

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fdconv_deploy.checkpoints import save_checkpoint
+from fdconv_deploy.checkpoints import load_checkpoint, save_checkpoint
 from fdconv_deploy.cli.app import app
 from fdconv_deploy.config import ResNetConfig
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.datasets import DatasetError
+from fdconv_deploy.evaluation.networks import open_targets, torch_target
 from fdconv_deploy.evaluation.panoptic import PanopticSet
-from fdconv_deploy.evaluation.targets import open_targets
-from fdconv_deploy.runtime import open_session
+from fdconv_deploy.runtime import MultiScale, open_session
 from tests.checkpoints.small import weights_of
 from tests.runtime import toy_panoptic
 
@@ -161,14 +161,21 @@ def test_files_of_another_form_are_refused(data):
         next(iter(wrong))
 
 
-def test_a_checkpoint_of_segments_is_not_scored_on_masks(tmp_path):
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
     architecture = toy_panoptic.architecture().model_copy(
         update={"backbone": ResNetConfig(depth=18, base_channels=8)}
     )
     save_checkpoint(tmp_path / "rooms.pth", weights_of(architecture), architecture)
+    return tmp_path / "rooms.pth"
+
+
+def test_a_checkpoint_of_segments_is_not_scored_on_masks(checkpoint):
     says = "is of a segmentor of panoptic segments, which is scored on COCO's panoptic files"
-    with (
-        pytest.raises(FDConvError, match=says),
-        open_targets([tmp_path / "rooms.pth"], "labels"),
-    ):
+    with pytest.raises(FDConvError, match=says), open_targets([checkpoint], "labels"):
         pass
+
+
+def test_segments_are_not_merged_over_several_sizes(checkpoint):
+    with pytest.raises(FDConvError, match=r"not merged over several sizes or mirror images\."):
+        torch_target(load_checkpoint(checkpoint), checkpoint, scales=MultiScale(flip=True))

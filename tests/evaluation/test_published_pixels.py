@@ -14,7 +14,7 @@ import torch
 
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.checkpoints.loading import LoadedSegmentor
-from fdconv_deploy.evaluation.targets import torch_target
+from fdconv_deploy.evaluation.networks import torch_target
 from fdconv_deploy.runtime.images import load_image
 from fdconv_deploy.runtime.preprocessing import check_image, normalise, published_size, resize
 from tests.reference.segmentor import predict

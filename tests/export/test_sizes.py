@@ -11,7 +11,7 @@ import torch
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.evaluation.targets import torch_target
+from fdconv_deploy.evaluation.networks import torch_target
 from fdconv_deploy.export import export_module
 from fdconv_deploy.export.api import export_network
 from fdconv_deploy.export.options import ExportOptions
@@ -105,7 +105,7 @@ def test_the_commands(tmp_path, monkeypatch, capfd):
     assert code == 0, err
     assert [row["size"] for row in json.loads(out)["rows"]] == [[96, 64]]
     code, out, err = fdconv(monkeypatch, capfd, *bench, "64x64")
-    assert code == 1
+    assert code == 2
     assert "64x96, 96x64" in err
 
 

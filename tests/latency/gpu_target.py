@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdconv_deploy.latency.targets import OpenTarget, Target
+from fdconv_deploy.latency.networks import OpenTarget, Target
 from fdconv_deploy.runtime.backends.base import Phases
 
 

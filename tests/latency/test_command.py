@@ -159,7 +159,7 @@ def test_whole_requests(toy_bundle, tmp_path, monkeypatch, capfd):
 
 def test_a_bundle_has_its_size(toy_bundle, monkeypatch, capfd):
     code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--size", "64x64")
-    assert code == 1
+    assert code == 2
     assert "here 32x48" in err
 
 
@@ -232,9 +232,9 @@ def test_limits(toy_bundle, other_bundle, tmp_path, monkeypatch, capfd):
         (["--concurrency", "0"], 2, "--concurrency is a number from 1"),
         (["--native", "maybe"], 2, "'maybe' is not one of 'on', 'nchw', 'off', 'both'"),
         (["--json", "no/where.json"], 1, "there is no folder no."),
-        (["--json", "a", "--html", "a"], 1, "Two outputs would be written to a."),
+        (["--json", "a", "--html", "a"], 2, "Two outputs would be written to a."),
         (["--image", "nothing.png"], 1, "nothing.png"),
-        (["--backend", "fast"], 1, "There is no backend 'fast'"),
+        (["--backend", "fast"], 2, "There is no backend 'fast'"),
     ],
 )
 def test_mistakes(toy_bundle, tmp_path, arguments, code, message, monkeypatch, capfd):

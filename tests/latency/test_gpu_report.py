@@ -18,14 +18,14 @@ from rich.console import Console
 from fdconv_deploy.cli.bench import show
 from fdconv_deploy.latency.html import page
 from fdconv_deploy.latency.measure import Schedule, measure
-from fdconv_deploy.latency.report import Report, Span, csv, markdown
-from fdconv_deploy.latency.targets import (
+from fdconv_deploy.latency.networks import (
     RunOptions,
     Target,
     expand_targets,
     open_target,
     torch_phases,
 )
+from fdconv_deploy.latency.report import Report, Span, csv, markdown
 from tests.latency.nvml import Nvml
 from tests.runtime import toy
 from tests.runtime.backends.test_tensorrt import add_engine, here, install

@@ -10,7 +10,7 @@ import pytest
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.latency import machine
 from fdconv_deploy.latency.measure import Schedule, measure
-from fdconv_deploy.latency.targets import RunOptions, Target, UnavailableError, expand_targets
+from fdconv_deploy.latency.networks import RunOptions, Target, UnavailableError, expand_targets
 
 BRIEF = Schedule(seconds=0.1, warm_up=0.0, turn=0.01)
 

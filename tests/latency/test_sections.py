@@ -68,7 +68,7 @@ def test_both_are_in_every_form(report):
 
 def test_divergence_needs_two_bundles(toy_bundle, monkeypatch, capfd):
     code, _, err = fdconv(monkeypatch, capfd, "bench", toy_bundle, "--divergence", *BRIEF)
-    assert code == 1
+    assert code == 2
     assert "give two bundles" in err
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from fdconv_deploy.demo import packaged_checkpoint, packaged_detector
 from fdconv_deploy.errors import BackendError, FDConvError
-from fdconv_deploy.latency.targets import (
+from fdconv_deploy.latency.networks import (
     RunOptions,
     Target,
     UnavailableError,

@@ -17,7 +17,7 @@ from fdconv_deploy.checkpoints import load_segmentor
 from fdconv_deploy.checkpoints.loading import LoadedSegmentor
 from fdconv_deploy.config import Preprocessing, TestMode
 from fdconv_deploy.errors import BundleError, FDConvError
-from fdconv_deploy.evaluation.targets import bundle_target, torch_target
+from fdconv_deploy.evaluation.networks import bundle_target, torch_target
 from fdconv_deploy.export import export_network
 from fdconv_deploy.runtime import Session, open_session
 from fdconv_deploy.runtime.postprocessing import ArrayRows, View, bilinear, labels_of

@@ -1,7 +1,7 @@
 """Bundles and checkpoints, opened as the targets of an evaluation.
 
-Checkpoints run in PyTorch, with the same steps around them as bundles. It is not imported where
-there are none.
+Checkpoints run in PyTorch, which is not imported where there are none, with a bundle's own steps
+around them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _KINDS: dict[str, tuple[tuple[Task, ...], str]] = {
         "objects annotated as COCO's: give --annotations and --images, or a --data folder of "
         "COCO's layout",
     ),
-    "panoptic network": (
+    "segmentor of panoptic segments": (
         ("segments", "objects"),
         "COCO's panoptic files: give --annotations (the JSON), --masks (the folder of its PNGs) "
         "and --images; its objects are, on COCO's instances: give --annotations (their JSON) and "
@@ -99,9 +99,9 @@ def open_targets(
         beside = sessions[bundles[0]].bundle.manifest if bundles else None
         targets = []
         for path in paths:
-            if path in sessions:
-                manifest = sessions[path].bundle.manifest
-                target = bundle_target(sessions[path], mode=mode, fit=fit, scales=scales)
+            if session := sessions.get(path):
+                manifest = session.bundle.manifest
+                target = bundle_target(session, mode=mode, fit=fit, scales=scales)
                 targets.append(_asked(target, manifest.architecture or manifest.detector, task))
                 continue
             from fdconv_deploy.checkpoints import load_checkpoint
@@ -118,29 +118,19 @@ def open_targets(
                 weights=weights or (recorded_weights(beside, path) if beside else None),
                 require_fdconv=False,
             )
-            target = torch_target(
-                network,
-                path,
-                sizes=beside.sizes if beside else (),
-                mode=mode,
-                fit=fit or (beside.fit if beside else "stretch"),
-                scales=scales,
-            )
+            sizes, fitted = (beside.sizes, fit or beside.fit) if beside else ((), "stretch")
+            target = torch_target(network, path, sizes=sizes, mode=mode, fit=fitted, scales=scales)
             targets.append(_asked(target, network.architecture, task))
         yield targets
 
 
 def _asked(target: Target, network: SegmentorConfig | DetectorConfig | None, task: Task) -> Target:
-    """The target as the task asks it.
-
-    Raises:
-        FDConvError: it does something else.
-    """
+    """The target as the task asks it; ``FDConvError`` if it does something else."""
     panoptic = network.panoptic if isinstance(network, SegmentorConfig) else None
     kind = "detector" if isinstance(network, DetectorConfig) else "segmentor"
-    tasks, scored_on = _KINDS["panoptic network" if panoptic else kind]
+    kind += " of panoptic segments" if panoptic else ""
+    tasks, scored_on = _KINDS[kind]
     if task not in tasks:
-        kind = f"{kind} of panoptic segments" if panoptic else kind
         raise FDConvError(f"{target.name} is of a {kind}, which is scored on {scored_on}.")
     if task != "objects" or panoptic is None:
         return target
@@ -155,8 +145,7 @@ def _asked(target: Target, network: SegmentorConfig | DetectorConfig | None, tas
 
     def instances(image: NDArray[Any]) -> Detection:
         answer = cast("PanopticSegmentation", target.answer(image))
-        found = answer.instances
-        assert found is not None
+        found = cast("Detection", answer.instances)
         return replace(found, labels=label_of[found.labels], timings=answer.timings)
 
     classes = tuple(target.classes[thing] for thing in things)
@@ -177,18 +166,14 @@ def bundle_target(
         "operators": session.operators,
         "precision": session.bundle.manifest.precision,
     }
+    answer: Callable[[NDArray[Any]], Found] = session.detect
     if not session.detects:
+        answer = partial(session.segment, mode=mode, fit=fit, scales=scales)
         details["mode"] = mode or session.segmentation.mode
         details |= scales.as_dict() if scales else {}
-
-    segment = partial(session.segment, mode=mode, fit=fit, scales=scales)
-    return Target(
-        str(session.bundle.path),
-        session.detect if session.detects else segment,
-        session.classes,
-        {**details, "size": list(session.input_size)},
-        session.preprocessing,
-    )
+    details["size"] = list(session.input_size)
+    path = str(session.bundle.path)
+    return Target(path, answer, session.classes, details, session.preprocessing)
 
 
 def torch_target(
@@ -214,81 +199,57 @@ def torch_target(
             several.
 
     Raises:
-        FDConvError: ``slide`` is asked for, and neither a size nor a crop is known.
+        FDConvError: ``slide`` is asked for, and neither a size nor a crop is known; or ``scales``
+            of a network of panoptic segments.
     """
-    from fdconv_deploy.nn import Segmentor
-
-    config = network.architecture
-    details: dict[str, Any] = {
-        "kind": "checkpoint", "backend": "pytorch", "precision": "fp32"
-    }  # fmt: skip
-    size = sizes[0] if sizes else None
-    answer = _in_one_run(network, sizes, fit)
-    if isinstance(network, Segmentor):
-        segmentor = network.architecture
-        mode = "whole" if segmentor.panoptic else mode or segmentor.test.mode
-        details |= {"mode": mode, **(scales.as_dict() if scales else {})}
-        if mode == "slide":
-            size = size or segmentor.test.crop_size
-            if size is None:
-                raise FDConvError(
-                    "The network records no crop to slide. Give the config it was tested with: "
-                    "--config."
-                )
-            answer = _in_several_runs(network, sizes, fit, size, scales)
-        elif scales:
-            answer = _in_several_runs(network, sizes, fit, None, scales)
-    details["size"] = None if size is None else list(size)
-    return Target(str(path), answer, classes_of(config)[0], details, config.preprocessing)
-
-
-def _in_one_run(
-    network: Segmentor | Detector, sizes: Sequence[Size], fit: Fit
-) -> Callable[[NDArray[Any]], Found]:
-    """What runs the network once on each image, as published where there are no ``sizes``."""
     import torch
 
     config = network.architecture
     how = config.preprocessing
     divisor = SIZE_DIVISOR if isinstance(config, DetectorConfig) else how.size_divisor
+    details: dict[str, Any] = {"kind": "checkpoint", "backend": "pytorch", "precision": "fp32"}
+    crop: Size | None = None
+    if isinstance(config, SegmentorConfig):
+        if scales and config.panoptic:
+            raise FDConvError(
+                f"{path} gives panoptic segments, which are not merged over several sizes or "
+                "mirror images. Leave scales out."
+            )
+        mode = "whole" if config.panoptic else mode or config.test.mode
+        details |= {"mode": mode, **(scales.as_dict() if scales else {})}
+        if mode == "slide":
+            crop = sizes[0] if sizes else config.test.crop_size
+            if crop is None:
+                raise FDConvError(
+                    "The network records no crop to slide. Give the config it was tested with: "
+                    "--config."
+                )
+    details["size"] = list(crop or sizes[0]) if crop or sizes else None
+
+    def run(*inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            outputs = network(*map(torch.from_numpy, inputs))
+        tensors = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return dict(zip(network.output_names, (one.numpy() for one in tensors), strict=True))
 
     def answer(image: NDArray[Any]) -> Found:
         height, width = check_image(image, how).shape[:2]
         published = padded(published_size(height, width, how), divisor)
-        steps = make_pipeline(config, sizes or [published], fit)
+        steps = make_pipeline(config, [crop] if crop else sizes or [published], fit)
+        if isinstance(steps, SegmentationPipeline) and (crop or scales):
+
+            def logits(images: NDArray[Any]) -> NDArray[np.float32]:
+                return run(images)["logits"]
+
+            if crop:
+                return steps.slide(image, logits, 1, scales=scales, any_size=not sizes)
+            assert scales is not None
+            base = best_size((height, width), sizes) if sizes else None
+            return steps.at_scales(image, scales, logits, base)
         prepared = steps.prepare(image)
-        inputs = [torch.from_numpy(array[None]) for array in prepared.inputs.values()]
         start = time.perf_counter()
-        with torch.inference_mode():
-            outputs = network(*inputs)
+        found = run(*(one[None] for one in prepared.inputs.values()))
         spent = time.perf_counter() - start
-        tensors = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        found = zip(network.output_names, (tensor[0].numpy() for tensor in tensors), strict=True)
-        return steps.finish(prepared, dict(found), spent)
+        return steps.finish(prepared, {name: value[0] for name, value in found.items()}, spent)
 
-    return answer
-
-
-def _in_several_runs(
-    network: Segmentor,
-    sizes: Sequence[Size],
-    fit: Fit,
-    crop: Size | None,
-    scales: MultiScale | None,
-) -> Callable[[NDArray[Any]], Found]:
-    """What slides a crop over each image, or without one looks at it at several scales."""
-    import torch
-
-    def run(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return network(torch.from_numpy(inputs)).numpy()
-
-    pipeline = SegmentationPipeline(network.architecture, [crop] if crop else sizes, fit)
-
-    def answer(image: NDArray[Any]) -> Found:
-        if crop or scales is None:
-            return pipeline.slide(image, run, 1, scales=scales, any_size=not sizes)
-        base = best_size((image.shape[0], image.shape[1]), sizes) if sizes else None
-        return pipeline.at_scales(image, scales, run, base)
-
-    return answer
+    return Target(str(path), answer, classes_of(config)[0], details, how)

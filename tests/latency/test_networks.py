@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fdconv_deploy.errors import FDConvError
-from fdconv_deploy.latency.targets import (
+from fdconv_deploy.latency.networks import (
     TORCH_BACKENDS,
     RunOptions,
     Skipped,

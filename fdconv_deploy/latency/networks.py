@@ -1,4 +1,4 @@
-"""What is timed: bundles, checkpoints and services × backends × batch sizes; and opening them."""
+"""The networks that are timed: bundles, checkpoints and services × backends × batch sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from fdconv_deploy.config import DetectorConfig, Preprocessing, ResNetConfig, SegmentorConfig
-from fdconv_deploy.errors import FDConvError
+from fdconv_deploy.errors import FDConvError, UsageError
 from fdconv_deploy.ops.native import NCHW, Native
 from fdconv_deploy.runtime import BACKENDS, Bundle, GraphRunner, Session
 from fdconv_deploy.runtime.backends import NATIVE_BACKENDS, BackendOptions, select
@@ -169,19 +169,20 @@ def expand_targets(
         native: run bundles with operators in C, without, or both, on a CPU.
 
     Raises:
-        FDConvError: nothing can be timed, or an option fits nothing here.
+        UsageError: nothing can be timed, or an option fits nothing here.
+        FDConvError: a path is missing, or a bundle cannot be opened.
     """
     known = (ALL, "auto", *BACKENDS, *TORCH_BACKENDS)
     for name in backends:
         if name not in known:
-            raise FDConvError(f"There is no backend {name!r}; there are {', '.join(known)}.")
+            raise UsageError(f"There is no backend {name!r}; there are {', '.join(known)}.")
     paths = bundles_and_checkpoints(paths)
     bundles = {path: Bundle.open(path, verify=False) for path in paths if path.is_dir()}
     batch_sizes = sorted({size for bundle in bundles.values() for size in bundle.batch_sizes})
     wanted = [1] if options.whole and not batches else list(dict.fromkeys(batches))
     wanted = wanted or batch_sizes or [1]
     if options.whole and wanted != [1]:
-        raise FDConvError(
+        raise UsageError(
             "A whole request is one image's: --end-to-end goes without --batch, or with --batch 1."
         )
     sizes = [size for bundle in bundles.values() for size in bundle.manifest.sizes]
@@ -189,7 +190,7 @@ def expand_targets(
         options = options.model_copy(update={"size": sizes[0] if sizes else None})
     elif paths and len(bundles) == len(paths) and not urls and options.size not in sizes:
         has = ", ".join(f"{height}x{width}" for height, width in sorted(set(sizes)))
-        raise FDConvError(
+        raise UsageError(
             f"There is no graph of {options.size[0]}x{options.size[1]}: a bundle's graphs have the "
             f"sizes it was exported at, here {has or 'their own'}."
         )
@@ -208,18 +209,18 @@ def expand_targets(
     targets += [Target(kind="service", source=url, options=options, backend="http") for url in urls]
     for batch in wanted:
         if all(one.batch != batch for one in targets if one.kind != "service") and skipped:
-            raise FDConvError(
+            raise UsageError(
                 f"No bundle has a graph of batch {batch}. {skipped[0].why} Export again with "
                 f"--batch {batch}, or ask for another."
             )
     for name in backends:
         if name != ALL and all(target.backend != name for target in targets):
             kind = "checkpoints" if name in TORCH_BACKENDS else "bundles (fdconv export)"
-            raise FDConvError(f"Backend {name!r} runs {kind}, and none was given.")
+            raise UsageError(f"Backend {name!r} runs {kind}, and none was given.")
     if not targets:
-        raise FDConvError("Give a bundle's folder, a checkpoint, or --url of a running service.")
+        raise UsageError("Give a bundle's folder, a checkpoint, or --url of a running service.")
     if native and all(target.native is None for target in targets):
-        raise FDConvError(
+        raise UsageError(
             f"Native operators run bundles in {', '.join(NATIVE_BACKENDS)}: there is none here."
         )
     return targets, skipped
@@ -229,29 +230,29 @@ def _in_backends(
     target: Target, backends: Sequence[str], native: Sequence[Native]
 ) -> Iterator[Target]:
     bundle = target.kind == "bundle"
-    of_kind = list(BACKENDS if bundle else TORCH_BACKENDS)
-    for name in dict.fromkeys(backends or ["auto" if bundle else "eager"]):
-        names = [name] if name in of_kind or (name == "auto" and bundle) else []
+    of_kind = ("auto", *BACKENDS) if bundle else TORCH_BACKENDS
+    for name in dict.fromkeys(backends or of_kind[:1]):
+        names = [name] if name in of_kind else []
         if name == ALL:
-            names = [each for each in of_kind if each not in backends]
+            names = [each for each in of_kind if each not in ("auto", *backends)]
         for each in names:
             made = target.model_copy(update={"backend": each, "named": name != ALL})
             if native and bundle and each in ("auto", *NATIVE_BACKENDS):
                 here = CPU if each == "auto" else each
-                updates = ({"backend": here, "native": one} for one in native)
-                yield from (made.model_copy(update=update) for update in updates)
+                for one in native:
+                    yield made.model_copy(update={"backend": here, "native": one})
             else:
                 yield made
 
 
 def open_target(target: Target) -> OpenTarget:
     """Load everything a target needs, without running it; ``FDConvError`` if it cannot be had."""
-    if target.kind == "call":
-        module, _, function = target.source.partition(":")
-        made: OpenTarget = getattr(import_module(module), function)(target)
-        return made
     opening = {"bundle": _open_bundle, "service": _open_service, "checkpoint": _open_checkpoint}
-    return opening[target.kind](target)
+    if target.kind in opening:
+        return opening[target.kind](target)
+    module, _, function = target.source.partition(":")
+    made: OpenTarget = getattr(import_module(module), function)(target)
+    return made
 
 
 def _in_words(architecture: SegmentorConfig | DetectorConfig) -> str:
@@ -375,7 +376,6 @@ def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ..
     import torch
 
     from fdconv_deploy.checkpoints import load_checkpoint
-    from fdconv_deploy.nn.detection import Detector
 
     options = target.options
     torch.set_num_threads(options.threads)
@@ -386,21 +386,20 @@ def load_network(target: Target) -> tuple[Segmentor | Detector, tuple[Tensor, ..
         weights=options.weights,
         require_fdconv=False,
     )
-    detects = isinstance(network, Detector)
-    size = options.size or (
-        network.architecture.published_size
-        if isinstance(network, Detector)
-        else network.architecture.test.crop_size
-    )
+    config, size = network.architecture, options.size
+    if isinstance(config, SegmentorConfig):
+        size = size or config.test.crop_size
+    else:
+        size = size or config.published_size
     if size is None:
         raise FDConvError(
             f"{Path(target.source).name} was tested on whole images and records no size. Say "
             "which: --size 512x512, or give a bundle beside it."
         )
-    how = network.architecture.preprocessing
-    images = TensorSpec(name="images", shape=(target.batch, how.channels, *size))
-    sizes = TensorSpec(name="sizes", shape=(target.batch, 2))
-    specs = (images, sizes) if detects else (images,)
+    how = config.preprocessing
+    specs = [TensorSpec(name="images", shape=(target.batch, how.channels, *size))]
+    if isinstance(config, DetectorConfig):
+        specs.append(TensorSpec(name="sizes", shape=(target.batch, 2)))
     feeds = sample_feeds(specs, how, image=_given(options, how))
     return network, tuple(map(torch.from_numpy, feeds.values()))
 
@@ -414,13 +413,11 @@ def _open_checkpoint(target: Target) -> OpenTarget:
     import torch
 
     network, inputs = load_network(target)
-    size = inputs[0].shape[2], inputs[0].shape[3]
-    how = network.architecture
-    found: dict[str, Any] = dict(
-        choice=f"PyTorch {torch.__version__}", network=_in_words(how), size=size
-    )
+    size, how = (inputs[0].shape[2], inputs[0].shape[3]), network.architecture
+    choice = f"PyTorch {torch.__version__}"
+    found: dict[str, Any] = dict(choice=choice, network=_in_words(how), size=size)
     if target.options.whole:
-        from fdconv_deploy.evaluation.targets import torch_target
+        from fdconv_deploy.evaluation.networks import torch_target
 
         if target.backend != "eager":
             raise UnavailableError(
