@@ -118,7 +118,7 @@ def read_annotations(path: Path) -> None:
         for image in range(1, count + 1)
         for category in categories
     ]
-    for kind in ("bbox", "segm") if data.has_masks else ("bbox",):
+    for kind in ("bbox", "segm") if data.checked.has_masks else ("bbox",):
         found = [dict(answer) for answer in answers]
         json.dumps(average_precision(data, found, categories, kind).as_dict())  # type: ignore[arg-type]
 

@@ -48,25 +48,14 @@ class CocoSample:
 
 @dataclass(frozen=True)
 class CocoSet:
-    """Annotated images. Make one with `read_coco`.
+    """Annotated images. Make one with `read_coco`."""
 
-    Attributes:
-        annotations: the JSON file.
-        images: the folder of its images.
-        truth: its images, categories and objects, for pycocotools, all numbered from 1: ids of
-            a file may be text and numbers mixed, which pycocotools cannot sort.
-        checked: what was found in its annotations. Its objects are those of ``truth``.
-    """
-
-    annotations: Path
-    images: Path
+    annotations: Path  # the JSON file
+    images: Path  # the folder of its images
+    # Its images, categories and objects, for pycocotools, all numbered from 1: ids of a file may be
+    # text and numbers mixed, which pycocotools cannot sort.
     truth: dict[str, Any]
-    checked: Annotations
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether there are masks to be scored."""
-        return self.checked.has_masks
+    checked: Annotations  # what was found in its annotations
 
     @property
     def first(self) -> Path:
@@ -86,23 +75,15 @@ class CocoSet:
         return len(self.truth["images"])
 
     def __iter__(self) -> Iterator[CocoSample]:
-        """Each image, decoded when its turn comes.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
+        """Each image, decoded when its turn comes; ``ImageError`` if it cannot be read."""
         for entry in self.truth["images"]:
             image = read_image(self.images / entry["file_name"])
             yield CocoSample(entry["file_name"], entry["id"], image)
 
     def category_ids(self, classes: Sequence[str]) -> list[int]:
-        """The category that each of a network's classes is, by name.
-
-        Raises:
-            DatasetError: the JSON has no category of some class's name, or two.
-        """
+        """The category of each of a network's classes; ``DatasetError`` if one has none, or two."""
         known = {entry["name"]: entry["id"] for entry in self.truth["categories"]}
-        twice = Counter(entry["name"] for entry in self.truth["categories"])
+        count = Counter(entry["name"] for entry in self.truth["categories"])
         lacking = [name for name in classes if name not in known]
         if lacking:
             raise DatasetError(
@@ -111,12 +92,12 @@ class CocoSet:
                 f"{len(classes)} classes are not. Give its own data set, or name the classes as "
                 "there when exporting."
             )
-        several = [name for name in classes if twice[name] > 1]
-        if several:
-            raise DatasetError(
-                f"{self.annotations} has {twice[several[0]]} categories named {several[0]!r}, and "
-                "it cannot be known which is the network's. Give each category a name of its own."
-            )
+        for name in classes:
+            if count[name] > 1:
+                raise DatasetError(
+                    f"{self.annotations} has {count[name]} categories named {name!r}, and it "
+                    "cannot be known which is the network's. Give each category a name of its own."
+                )
         return [known[name] for name in classes]
 
 
@@ -124,18 +105,15 @@ def find_coco(root: Path) -> tuple[Path, Path] | None:
     """The annotations and images of a folder laid out as COCO's; None when it is not.
 
     ``annotations/instances_NAME.json`` with a folder ``NAME`` beside ``annotations``, or in a
-    folder ``images`` there. Of several, the one for validation.
-
-    Raises:
-        DatasetError: there are several, and none has "val" in its name.
+    folder ``images`` there. Of several, the one for validation; ``DatasetError`` where there is not
+    one with "val" in its name.
     """
     found = []
     for file in sorted((root / "annotations").glob("instances_*.json")):
         name = file.stem.removeprefix("instances_")
-        for images in (root / name, root / "images" / name):
-            if images.is_dir():
-                found.append((file, images))
-                break
+        images = next(filter(Path.is_dir, (root / name, root / "images" / name)), None)
+        if images is not None:
+            found.append((file, images))
     validating = [pair for pair in found if "val" in pair[0].stem]
     if len(found) > 1 and len(validating) != 1:
         raise DatasetError(
@@ -146,12 +124,7 @@ def find_coco(root: Path) -> tuple[Path, Path] | None:
 
 
 def read_coco(annotations: Path, images: Path, limit: int | None = None) -> CocoSet:
-    """Read an annotation file.
-
-    Args:
-        annotations: an instances file of COCO.
-        images: the folder that its file names are in.
-        limit: use only the first N images.
+    """Read an instances file of COCO, with the folder of its first ``limit`` images, or all.
 
     Raises:
         DatasetError: the file is not one of COCO's, the folder is missing, an image is of
@@ -185,12 +158,8 @@ def read_coco(annotations: Path, images: Path, limit: int | None = None) -> Coco
             f"The annotations {annotations} hold no objects in {len(scored)} images that could be "
             f"scored.{first}"
         )
-    truth = {
-        "images": scored,
-        "annotations": checked.objects,
-        "categories": list(categories.values()),
-    }
-    return CocoSet(annotations, images, truth, checked)
+    truth = {"images": scored, "annotations": checked.objects}
+    return CocoSet(annotations, images, {**truth, "categories": [*categories.values()]}, checked)
 
 
 def _list(given: Any, name: str, path: Path) -> list[Any]:
@@ -204,14 +173,7 @@ def _list(given: Any, name: str, path: Path) -> list[Any]:
 
 
 def _entries(given: Any, name: str, field: str, path: Path) -> dict[Any, dict[str, Any]]:
-    """The entries of images or categories by their ids, in the ids' order.
-
-    Args:
-        given: the file's content.
-        name: of the list.
-        field: the text that each entry has.
-        path: of the file.
-    """
+    """The list ``name`` of a file's content by ids, in their order; each has a text ``field``."""
     found: dict[Any, dict[str, Any]] = {}
     for place, entry in enumerate(_list(given, name, path)):
         which = f"The annotations {path}: number {place} of {name}"
@@ -280,27 +242,16 @@ def _within(folder: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """COCO's scores, 0 to 1; NaN where nothing annotated would count.
+    """COCO's scores, 0 to 1; NaN where nothing annotated would count."""
 
-    Attributes:
-        ap: mean over IoU thresholds 0.50 to 0.95 and classes.
-        ap50: at one threshold.
-        ap75: at one threshold.
-        small: of objects below 32² pixels.
-        medium: of objects from 32² and below 96² pixels.
-        large: of objects from 96² pixels on.
-        recall: with at most 100 objects an image.
-        classes: ``ap`` of each.
-    """
-
-    ap: float
-    ap50: float
+    ap: float  # mean over IoU thresholds 0.50 to 0.95 and classes
+    ap50: float  # at one threshold
     ap75: float
-    small: float
-    medium: float
+    small: float  # of objects below 32² pixels
+    medium: float  # below 96² pixels
     large: float
-    recall: float
-    classes: tuple[float, ...]
+    recall: float  # with at most 100 objects an image
+    classes: tuple[float, ...]  # ``ap`` of each
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, without the classes; scores that are not defined are null."""
@@ -308,25 +259,14 @@ class AveragePrecision:
 
 
 class DetectionScore(Score[CocoSample, Detection]):
-    """A detector's box and mask AP, of all the objects that it gives.
-
-    Args:
-        data: what is annotated.
-        classes: of the detector, by name.
-
-    Attributes:
-        found: objects, as COCO's result files have them.
-
-    Raises:
-        DatasetError: the data has no category of some class's name, or two.
-    """
+    """A detector's box and mask AP, of all the objects that it gives."""
 
     measure, unit = "AP", "objects"
 
     def __init__(self, data: CocoSet, classes: Sequence[str]) -> None:
-        self.found: list[dict[str, Any]] = []
+        self.found: list[dict[str, Any]] = []  # as COCO's result files have them
         self._data, self._categories = data, data.category_ids(classes)
-        self._has_masks = data.has_masks
+        self._has_masks = data.checked.has_masks
 
     def add(self, sample: CocoSample, found: Detection) -> None:
         """Count one image."""
@@ -334,10 +274,7 @@ class DetectionScore(Score[CocoSample, Detection]):
         self.found += coco_results(found, sample.number, self._categories, self._has_masks)
 
     def same(self, found: Detection, first: Detection) -> tuple[int, int]:
-        """Objects scored 0.3 or more with a partner of the same class in the other; and all.
-
-        Partners have an IoU of 0.9 or more.
-        """
+        """Objects scored 0.3 or more with a partner of their class and IoU 0.9 or more; and all."""
         ours, theirs = found.kept(SHOWN_SCORE), first.kept(SHOWN_SCORE)
         return 2 * _pairs(ours, theirs), len(ours) + len(theirs)
 
@@ -364,7 +301,7 @@ class DetectionScore(Score[CocoSample, Detection]):
         }
 
     def summary(self) -> dict[str, Any]:
-        """Box and mask scores, the latter null without masks, and the number of objects found."""
+        """Box and mask scores, the latter null without masks; and how many objects were found."""
         return {
             "box": self.boxes.as_dict(),
             "mask": self.masks and self.masks.as_dict(),
@@ -382,22 +319,14 @@ class DetectionScore(Score[CocoSample, Detection]):
 def coco_results(
     found: Detection, image: int, categories: Sequence[int], masks: bool
 ) -> list[dict[str, Any]]:
-    """Objects found in an image, as COCO's result files have them.
-
-    Args:
-        found: in one image.
-        image: the image's id.
-        categories: each class's category id.
-        masks: whether to add ``segmentation``.
-    """
-    places = zip(found.labels.tolist(), _sides(found), found.scores.tolist(), strict=True)
+    """Objects found in an image, as COCO's result files have them; with ``masks`` or without."""
+    parts = found.labels.tolist(), _sides(found), found.scores.tolist()
     rows: list[dict[str, Any]] = [
         {"image_id": image, "category_id": categories[label], "bbox": box, "score": score}
-        for label, box, score in places
+        for label, box, score in zip(*parts, strict=True)
     ]
     if masks:
-        for row, rle in zip(rows, found.rle(), strict=True):
-            row["segmentation"] = rle
+        rows = [{**row, "segmentation": rle} for row, rle in zip(rows, found.rle(), strict=True)]
     return rows
 
 
@@ -434,9 +363,7 @@ def average_precision(
 
     Args:
         data: what was annotated.
-        found: ``image_id``, ``category_id``, ``score``, and ``bbox`` [x, y, width, height]
-            or ``segmentation`` (compressed run lengths) of each. Of a mask the area is the
-            mask's.
+        found: as `coco_results` gives it. Of a mask the area is the mask's.
         categories: the ids that count, in the order of ``classes``.
         kind: box or mask AP.
     """
@@ -458,7 +385,12 @@ def average_precision(
             {key: entry[key] for key in ("image_id", "category_id", "score", field)}
             for entry in found
         ]
-        answers = truth.loadRes(rows) if rows else _nothing(COCO, data)
+        if rows:
+            answers = truth.loadRes(rows)
+        else:  # which it cannot take
+            answers = COCO()
+            answers.dataset = {**data.truth, "annotations": []}
+            answers.createIndex()
         evaluator = COCOeval(truth, answers, kind)
         evaluator.params.catIds = list(categories)
         evaluator.params.imgIds = [entry["id"] for entry in data.truth["images"]]
@@ -473,14 +405,6 @@ def average_precision(
     by_class = tuple(_mean(precision[:, :, place]) for place in order)
     ap, ap50, ap75, small, medium, large = stats[:6]
     return AveragePrecision(ap, ap50, ap75, small, medium, large, stats[8], by_class)
-
-
-def _nothing(coco: Any, data: CocoSet) -> Any:
-    """What loadRes gives for no objects at all, which it cannot take."""
-    answers = coco()
-    answers.dataset = {**data.truth, "annotations": []}
-    answers.createIndex()
-    return answers
 
 
 def _mean(values: np.ndarray) -> float:

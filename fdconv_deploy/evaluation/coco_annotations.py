@@ -39,13 +39,7 @@ _NEVER_FOUND = "COCO's code counts it as an object that nothing finds"
 
 
 class UnfitError(ValueError):
-    """Something that pycocotools cannot take.
-
-    Args:
-        problem: what it is, as a phrase that findings are counted by.
-        expected: what was expected, as a phrase.
-        found: what stands there, shortened; the whole box or segmentation if not given.
-    """
+    """Something that pycocotools cannot take; for the arguments, all phrases, see `Finding`."""
 
     def __init__(self, problem: str, expected: str, found: str | None = None) -> None:
         super().__init__(problem)
@@ -54,23 +48,14 @@ class UnfitError(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about an annotation that its user should know.
+    """Something about an annotation that its user should know."""
 
-    Attributes:
-        annotation: its id; its place in the list where it has none.
-        image: its image's file name; None where that is not known.
-        part: what of it is concerned.
-        problem: a phrase that findings are counted by.
-        found: what stands there, shortened.
-        remark: what was expected, or what is done about it, as a phrase.
-    """
-
-    annotation: str
-    image: str | None
-    part: Part
-    problem: str
-    found: str
-    remark: str
+    annotation: str  # its id; its place in the list where it has none
+    image: str | None  # its image's file name; None where that is not known
+    part: Part  # of it, that is concerned
+    problem: str  # a phrase that findings are counted by
+    found: str  # what stands there, shortened
+    remark: str  # what was expected, or what is done about it, as a phrase
 
     def __str__(self) -> str:
         where = f" ({self.image})" if self.image is not None else ""
@@ -81,23 +66,18 @@ class Finding:
 
 @dataclass
 class Annotations:
-    """The objects of a file, for pycocotools.
+    """The objects of a file, for pycocotools."""
 
-    Attributes:
-        objects: annotations with ``id`` (from 1: to pycocotools an object of number 0 is none),
-            ``image_id`` and ``category_id`` (pycocotools' ones), ``bbox`` in floats, ``area``,
-            ``iscrowd`` and, where there are masks, ``segmentation`` in run lengths.
-        ignored: "bbox" or "segmentation" -> the ids of those of which it is a region to ignore.
-        left_out: what does not count.
-        noted: what counts, and is odd.
-    """
-
+    # Annotations with "id" (from 1: to pycocotools an object of number 0 is none), "image_id" and
+    # "category_id" (pycocotools' ones), "bbox" in floats, "area", "iscrowd" and, where there are
+    # masks, "segmentation" in run lengths.
     objects: list[dict[str, Any]] = field(default_factory=list)
+    # The ids of those whose "bbox" or "segmentation" is a region to ignore.
     ignored: dict[str, set[int]] = field(
         default_factory=lambda: {"bbox": set(), "segmentation": set()}
     )
-    left_out: list[Finding] = field(default_factory=list)
-    noted: list[Finding] = field(default_factory=list)
+    left_out: list[Finding] = field(default_factory=list)  # what does not count
+    noted: list[Finding] = field(default_factory=list)  # what counts, and is odd
 
     @property
     def has_masks(self) -> bool:
@@ -133,17 +113,15 @@ def read_annotations(
 ) -> Annotations:
     """Check a file's annotations.
 
-    Args:
-        given: the file's list.
-        images: pycocotools' ones by their ids in the file; None for those that are not taken.
-        categories: pycocotools' ones by the file's ids.
+    ``images`` and ``categories`` are pycocotools' ones by their ids in the file, None those of
+    images that are not taken.
     """
     # A file of boxes alone has nothing in place of masks, or an empty list.
     masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in given)
     made = Annotations()
     names = [_name(entry, place) for place, entry in enumerate(given)]
     for entry, name in zip(given, names, strict=True):
-        _Annotation(made, entry, name).read(images, categories, masks)
+        _read(made, entry, name, images, categories, masks)
     made.noted += [
         Finding(
             name, None, "object", "an id of several annotations", f"{count} have it",
@@ -165,100 +143,73 @@ def counted(findings: Iterable[Finding]) -> list[str]:
     ]
 
 
-class _Annotation:
-    """One annotation on its way into ``made``."""
+def _read(
+    made: Annotations,
+    entry: Any,
+    name: str,
+    images: Mapping[Any, dict[str, Any] | None],
+    categories: Mapping[Any, dict[str, Any]],
+    masks: bool,
+) -> None:
+    """Add one annotation of a file, and what there is to say of it."""
+    file: str | None = None
 
-    def __init__(self, made: Annotations, entry: Any, name: str) -> None:
-        self.made, self.entry, self.name = made, entry, name
-        self.image: str | None = None
-
-    def read(
-        self,
-        images: Mapping[Any, dict[str, Any] | None],
-        categories: Mapping[Any, dict[str, Any]],
-        masks: bool,
-    ) -> None:
-        entry = self.entry
-        try:
-            if not isinstance(entry, dict):
-                raise UnfitError("no annotation", "{'image_id': …, 'bbox': …, …}", _short(entry))
-            image = _listed(entry, "image_id", images, "an image")
-            if image is None:
-                return
-            self.image = image["file_name"]
-            category = _listed(entry, "category_id", categories, "a category")
-            crowd = _crowd(entry)
-        except UnfitError as error:
-            self._leave_out("object", error, entry)
-            return
-        size = image["height"], image["width"]
-        box = self._part("box", "bbox", _box)
-        mask = self._part("mask", "segmentation", lambda m: coco_mask(m, *size)) if masks else None
-        if box is None and mask is None:
-            return
-        number, ignored = len(self.made.objects) + 1, self.made.ignored
-        made: dict[str, Any] = {
-            "id": number,
-            "image_id": image["id"],
-            "category_id": category["id"],
-            "iscrowd": crowd,
-            "area": self._area(box, mask),
-        }
-        if mask is not None:
-            self._check_mask(mask, size)
-        elif masks:
-            assert box is not None
-            mask = box_mask(box, *size)
-            ignored["segmentation"].add(number)
-        if mask is not None:
-            made["segmentation"] = mask
-        if box is None:
-            assert mask is not None
-            made["bbox"] = mask_box(mask)
-            ignored["bbox"].add(number)
-        else:
-            made["bbox"] = box.tolist()
-            if not (box[2:] > 0).all():
-                self._note("box", "without an area", _short(entry["bbox"]), _NEVER_FOUND)
-        self.made.objects.append(made)
-
-    def _part(self, part: Part, key: str, read: Callable[[Any], T]) -> T | None:
-        given = self.entry.get(key)
+    def part_of(part: Part, given: Any, read: Callable[[Any], T]) -> T | None:
         try:
             return read(given)
         except UnfitError as error:
-            self._leave_out(part, error, given)
+            found, remark = error.found or _short(given), f"expected {error.expected}"
+            made.left_out.append(Finding(name, file, part, str(error), found, remark))
             return None
 
-    def _area(self, box: NDArray[np.float64] | None, mask: Rle | None) -> float:
-        """As it stands there; the format's own definition where it does not."""
-        given = self.entry.get("area")
-        if isinstance(given, int | float) and math.isfinite(given):
-            return given
-        remark = f"its {'box' if mask is None else 'mask'}'s is taken"
-        self._note("object", "without an area in the file", f"area {_short(given)}", remark)
-        if mask is not None:
-            return area(mask)
-        assert box is not None
-        return float(box[2] * box[3])
+    def note(part: Part, problem: str, found: str, remark: str = _NEVER_FOUND) -> None:
+        made.noted.append(Finding(name, file, part, problem, found, remark))
 
-    def _check_mask(self, mask: Rle, size: tuple[int, int]) -> None:
+    image = part_of("object", entry, lambda given: _listed(given, "image_id", images, "an image"))
+    if image is None:  # or one that is not taken
+        return
+    file, size = image["file_name"], (image["height"], image["width"])
+    category = part_of("object", entry, lambda given: _category(given, categories))
+    if category is None:
+        return
+    box = part_of("box", entry.get("bbox"), _box)
+    drawn = entry.get("segmentation")
+    mask = part_of("mask", drawn, lambda given: coco_mask(given, *size)) if masks else None
+    number = len(made.objects) + 1
+    if mask is not None:
+        kind, own_area = "mask", float(area(mask))
         if (own := tuple(mask["size"])) != size:
             found = f"{own[0]}x{own[1]} (height x width) for {size[0]}x{size[1]}"
-            self._note("mask", "of another size than its image", found, _NEVER_FOUND)
-        elif area(mask) == 0:
-            found = _short(self.entry["segmentation"])
-            self._note("mask", "without a pixel", found, _NEVER_FOUND)
+            note("mask", "of another size than its image", found)
+        elif own_area == 0:
+            note("mask", "without a pixel", _short(drawn))
+    elif box is not None:
+        kind, own_area = "box", float(box[2] * box[3])
+        if masks:
+            mask = box_mask(box, *size)
+            made.ignored["segmentation"].add(number)
+    else:
+        return
+    if box is None:
+        assert mask is not None
+        sides = mask_box(mask)
+        made.ignored["bbox"].add(number)
+    else:
+        sides = box.tolist()
+        if not (box[2:] > 0).all():
+            note("box", "without an area", _short(entry["bbox"]))
+    told = entry.get("area")
+    if not isinstance(told, int | float) or not math.isfinite(told):
+        remark = f"its {kind}'s is taken"
+        note("object", "without an area in the file", f"area {_short(told)}", remark)
+        told = own_area  # the format's own definition
+    place = {"id": number, "image_id": image["id"], **category, "area": told, "bbox": sides}
+    made.objects.append({**place, "segmentation": mask} if mask is not None else place)
 
-    def _note(self, part: Part, problem: str, found: str, remark: str) -> None:
-        self.made.noted.append(Finding(self.name, self.image, part, problem, found, remark))
 
-    def _leave_out(self, part: Part, error: UnfitError, given: Any) -> None:
-        found, remark = error.found or _short(given), f"expected {error.expected}"
-        self.made.left_out.append(Finding(self.name, self.image, part, str(error), found, remark))
-
-
-def _listed(entry: dict[str, Any], key: str, known: Mapping[Any, T], what: str) -> T:
+def _listed(entry: Any, key: str, known: Mapping[Any, T], what: str) -> T:
+    if not isinstance(entry, dict):
+        raise UnfitError("no annotation", "{'image_id': …, 'bbox': …, …}", _short(entry))
     number, noun = entry.get(key), what.partition(" ")[2]
     try:
         return known[number]
@@ -275,12 +226,12 @@ def _listed(entry: dict[str, Any], key: str, known: Mapping[Any, T], what: str) 
     raise UnfitError(f"of {what} that is not listed", f"the id of a listed {noun}{hint}", found)
 
 
-def _crowd(entry: dict[str, Any]) -> int:
-    """What pycocotools makes of it; a file that says nothing of crowds has none."""
-    given = entry.get("iscrowd", 0)
+def _category(entry: dict[str, Any], known: Mapping[Any, dict[str, Any]]) -> dict[str, int]:
+    """Its category, and whether it is a crowd; a file that says nothing of crowds has none."""
+    category, given = _listed(entry, "category_id", known, "a category"), entry.get("iscrowd", 0)
     if not isinstance(given, int | float) or not math.isfinite(given):
         raise UnfitError("of unknown iscrowd", "0 or 1", f"iscrowd {_short(given)}")
-    return int(bool(given))
+    return {"category_id": category["id"], "iscrowd": int(bool(given))}
 
 
 def _box(given: Any) -> NDArray[np.float64]:
@@ -307,12 +258,9 @@ def _short(value: Any) -> str:
 
 
 def coco_mask(segmentation: Any, height: int, width: int) -> Rle:
-    """The mask that an annotation's ``segmentation`` stands for.
+    """The mask that an annotation's ``segmentation`` stands for, as it stands in the JSON.
 
-    Args:
-        segmentation: as it stands in the JSON: polygons, or run lengths, compressed or not.
-        height: the image's, which polygons are drawn in. Run lengths have a size of their own.
-        width: likewise.
+    Polygons are drawn in the image's size; run lengths, compressed or not, have one of their own.
 
     Raises:
         UnfitError: pycocotools cannot take it, or would not come back from it.
@@ -320,8 +268,7 @@ def coco_mask(segmentation: Any, height: int, width: int) -> Rle:
     if isinstance(segmentation, dict):
         return _run_lengths(segmentation)
     if not isinstance(segmentation, list):
-        kinds = {type(None): "null", str: "text"}
-        kind = kinds.get(type(segmentation), "a number")
+        kind = {type(None): "null", str: "text"}.get(type(segmentation), "a number")
         raise UnfitError(f"it is {kind}", f"{POLYGONS}, or {RUN_LENGTHS}")
     if not segmentation:
         raise UnfitError("an empty list", POLYGONS)
@@ -340,17 +287,13 @@ def box_mask(box: NDArray[np.float64], height: int, width: int) -> Rle:
     """The mask of all pixels of a box [x, y, width, height] that lie within the image."""
     from pycocotools import mask
 
-    low, high = box[:2], box[:2] + box[2:]
-    inside = np.clip(np.stack([np.minimum(low, high), np.maximum(low, high)]), 0, [width, height])
-    within = np.concatenate([inside[0], inside[1] - inside[0]])
+    corners = np.clip(np.sort([box[:2], box[:2] + box[2:]], axis=0), 0, [width, height])
+    within = np.concatenate([corners[0], corners[1] - corners[0]])
     return _text(mask.frPyObjects(within[None], height, width)[0])
 
 
 def mask_box(rle: Rle) -> list[float]:
-    """The box [x, y, width, height] around a mask, a pixel away from it; all 0 around none.
-
-    A pixel away, since boxes end between pixels, and masks do not.
-    """
+    """The box [x, y, width, height] a pixel around a mask, which ends at pixels; all 0 of none."""
     from pycocotools import mask
 
     if not area(rle):
@@ -419,29 +362,28 @@ def _check_polygons(given: list[Any]) -> None:
     if len(first) == 4:
         raise UnfitError("a polygon of two points", POLYGONS)
     for polygon in given:
-        _check_polygon(polygon)
+        if problem := _polygon_problem(polygon):
+            raise UnfitError(f"a polygon {problem}", POLYGONS)
 
 
-def _check_polygon(polygon: Any) -> None:
+def _polygon_problem(polygon: Any) -> str | None:
     try:
         values = np.array(polygon, np.float64)
     except (ValueError, TypeError, OverflowError):
-        raise UnfitError("a polygon that is not a list of numbers", POLYGONS) from None
+        return "that is not a list of numbers"
     if values.ndim != 1:
-        raise UnfitError("a polygon nested deeper than a list of numbers", POLYGONS)
+        return "nested deeper than a list of numbers"
     if not np.isfinite(values).all():
-        raise UnfitError("a polygon with coordinates that are not finite", POLYGONS)
+        return "with coordinates that are not finite"
     farthest = np.abs(values).max(initial=0)
     if farthest * _STEPS >= 1 << 30:
-        raise UnfitError("a polygon millions of pixels away", POLYGONS)
+        return "millions of pixels away"
     if farthest * _STEPS * len(values) > _MOST_STEPS:  # seldom, and then it is worth a sum
         points = values[: len(values) // 2 * 2].reshape(-1, 2)
         if _STEPS * np.abs(points - np.roll(points, 1, 0)).max(1).sum() > _MOST_STEPS:
-            raise UnfitError("a polygon millions of pixels long", POLYGONS)
+            return "millions of pixels long"
+    return None
 
 
 def _text(made: dict[str, Any]) -> Rle:
-    return {
-        "size": [int(length) for length in made["size"]],
-        "counts": made["counts"].decode("ascii"),
-    }
+    return {"size": list(map(int, made["size"])), "counts": made["counts"].decode("ascii")}

@@ -34,7 +34,7 @@ def test_reading(files: tuple[Path, Path]) -> None:
     data = read_coco(*files)
     (sample,) = data
     assert (sample.name, sample.number, sample.image.shape) == ("a.png", 1, (6, 8, 3))
-    assert not data.has_masks
+    assert not data.checked.has_masks
     (entry,) = data.truth["annotations"]
     assert (entry["id"], entry["image_id"], entry["iscrowd"]) == (1, 1, 0)
     assert entry["category_id"] == data.category_ids(("thing",))[0]

@@ -193,7 +193,7 @@ def test_a_box_that_is_none_leaves_the_mask_scored(tmp_path, box: Any, problem: 
     assert "expected [x, y, width, height], four finite numbers" in str(left)
     assert data.checked.ignored == {"bbox": {1}, "segmentation": set()}
     assert data.truth["annotations"][0]["bbox"] == [1, 1, 12, 12]  # around its mask
-    assert data.has_masks
+    assert data.checked.has_masks
 
 
 def test_a_mask_that_is_none_leaves_the_box_scored(tmp_path) -> None:
@@ -217,7 +217,7 @@ def test_an_object_of_neither_is_left_out(tmp_path) -> None:
 @pytest.mark.parametrize("nothing", [None, []])
 def test_a_file_of_boxes_alone_says_nothing_of_masks(tmp_path, nothing: Any) -> None:
     data = made(tmp_path, {"segmentation": nothing}, {"segmentation": nothing})
-    assert not data.has_masks
+    assert not data.checked.has_masks
     assert not data.checked.left_out
 
 
