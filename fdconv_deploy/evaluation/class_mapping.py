@@ -37,22 +37,17 @@ CITYSCAPES_LABEL_IDS = {
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a mask's numbers become classes, in this order.
+    """How a mask's numbers become classes, in this order."""
 
-    Attributes:
-        classes: how many classes the network has.
-        label_map: a mask's number -> class; when given, every number must be in it.
-        reduce_zero_label: 0 is not counted, and every other number stands for the class one
-            below it (mmsegmentation's option of this name; ADE20K needs it).
-        ignore: a class that is not counted, which no class is by default: mmsegmentation's
-            ``ignore_index``. 255 stays 255 when numbers are reduced.
-        order: the network's class for each of the data set's, where they are ordered otherwise.
-    """
-
-    classes: int
-    label_map: Mapping[int, int] | None = None
+    classes: int  # how many the network has
+    label_map: Mapping[int, int] | None = None  # a mask's number -> class; all of them, if given
+    # 0 is not counted, and every other number stands for the class one below it (mmsegmentation's
+    # option of this name; ADE20K needs it).
     reduce_zero_label: bool = False
+    # A class that is not counted, which none is by default: mmsegmentation's ``ignore_index``. 255
+    # stays 255 when numbers are reduced.
     ignore: int = IGNORE_INDEX
+    # The network's class for each of the data set's, where they are ordered otherwise.
     order: tuple[int, ...] | None = None
 
     def class_of(self, number: int) -> int | None:
@@ -120,11 +115,8 @@ def class_order(
 ) -> tuple[int, ...] | None:
     """A network's class for each of a data set's, by name; None where they stand alike.
 
-    Args:
-        classes: the network's class names. Where a checkpoint gave none, they are numbers
-            ("class 0"), which say nothing against the data set's order.
-        table: of each of the data set's classes, the names it goes by.
-        data_set: its name, for the message.
+    Where a checkpoint gave no names, numbers ("class 0") say nothing against the data set's order.
+    ``table`` has all the names that each of the data set's classes goes by.
 
     Raises:
         FDConvError: a class of one is none of the other's. The message says which.
@@ -166,26 +158,18 @@ def ade20k_names(root: Path) -> list[list[str]] | None:
     None where it lacks, or is not one: other data sets are laid out like this one.
     """
     file = root / "objectInfo150.txt"
-    if not file.is_file():
-        return None
-    rows = [line.split("\t") for line in file.read_text("utf-8", "replace").splitlines()]
+    lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+    rows = [line.split("\t") for line in lines]
     if not rows or rows[0][-1] != "Name":
         return None
     return [[name.strip() for name in row[-1].split(",")] for row in rows[1:]]
 
 
 def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
-    """A JSON object of a mask's numbers and what they stand for.
+    """A JSON object of a mask's numbers and what they stand for; ``FDConvError`` if it is none.
 
     What: a class's number or name, or null for pixels that are not counted, such as
     ``{"0": null, "7": "road", "8": 1}``.
-
-    Args:
-        path: the file.
-        classes: the network's class names, in order.
-
-    Raises:
-        FDConvError: the file is no such object.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -200,10 +184,10 @@ def read_label_map(path: Path, classes: Sequence[str]) -> dict[int, int]:
             wrong = f"{key[:40]!r} is not a number that masks hold"
         elif value is None:
             result[int(key)] = UNCOUNTED
-        elif isinstance(value, str) and value not in classes:
-            wrong = f"the network has no class {value!r}; it has {', '.join(classes)}"
-        elif isinstance(value, str):
+        elif value in classes:
             result[int(key)] = classes.index(value)
+        elif isinstance(value, str):
+            wrong = f"the network has no class {value!r}; it has {', '.join(classes)}"
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             result[int(key)] = value
         else:

@@ -37,39 +37,27 @@ Found = Segmentation | Detection
 
 @dataclass(frozen=True)
 class Target:
-    """Something that answers images.
+    """Something that answers images."""
 
-    Attributes:
-        name: its path.
-        answer: (H, W, C) -> what is found; its ``timings["inference"]`` are the network's seconds.
-        classes: their names.
-        details: for the report: kind, backend, precision, mode if it has any, and the
-            (height, width) that it computes at, if that is one for all images.
-        preprocessing: of its images, by which files are decoded for it.
-    """
-
-    name: str
+    name: str  # its path
+    # Of an image (H, W, C); the answer's timings["inference"] are the network's seconds.
     answer: Callable[[NDArray[Any]], Found]
     classes: tuple[str, ...]
+    # For the report: kind, backend, precision, mode if it has any, and the (height, width) that it
+    # computes at, if that is one for all images.
     details: dict[str, Any]
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)  # by which files are read
 
 
 @dataclass(frozen=True)
 class Result:
-    """A target, its score, and how fast it was.
-
-    Attributes:
-        seconds: of each image, from decoded pixels to the answer at the image's size.
-        inference: of each image, of the network alone.
-        agreement: with the first target over all images, see `Score.same`; 1 of nothing.
-    """
+    """A target, its score, and how fast it was."""
 
     target: Target
     score: Score[Any, Any]
-    seconds: tuple[float, ...]
-    inference: tuple[float, ...]
-    agreement: float
+    seconds: tuple[float, ...]  # of each image, from decoded pixels to the answer at its size
+    inference: tuple[float, ...]  # of each image, of the network alone
+    agreement: float  # with the first target over all images, see `Score.same`; 1 of nothing
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the target, its scores, its speed, and what each class scored."""

@@ -73,15 +73,12 @@ class Sample:
 
 
 class SemanticScore(Score[Sample, Segmentation]):
-    """A segmentor's IoU and accuracies.
-
-    Attributes:
-        confusion: pixels by (true class, predicted class), int64.
-    """
+    """A segmentor's IoU and accuracies."""
 
     measure = "IoU"
 
     def __init__(self, classes: Sequence[str], notes: Sequence[str] = ()) -> None:
+        # Pixels by (true class, predicted class).
         self.confusion = np.zeros((len(classes), len(classes)), np.int64)
         self._notes = list(notes)
 
@@ -95,11 +92,7 @@ class SemanticScore(Score[Sample, Segmentation]):
         return scores(self.confusion)
 
     def truth(self) -> dict[str, Any]:
-        """How labels are read, and the number of pixels that count.
-
-        Raises:
-            DatasetError: there are none.
-        """
+        """How labels are read, and the number of pixels that count; ``DatasetError`` of none."""
         if not (pixels := int(self.confusion.sum())):
             raise DatasetError("No pixel counts: the masks hold nothing but labels to ignore.")
         return {"notes": self._notes, "pixels": pixels}
@@ -120,19 +113,13 @@ class SemanticScore(Score[Sample, Segmentation]):
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled images, decoded and checked one after the other.
-
-    Attributes:
-        pairs: images and masks.
-        rule: what the masks' numbers stand for.
-        preprocessing: of the network that the images are decoded for.
-        notes: sentences on how the labels are read.
-    """
+    """Labelled images, decoded and checked one after the other."""
 
     pairs: Sequence[Pair]
-    rule: LabelRule
+    rule: LabelRule  # what the masks' numbers stand for
+    # Of the network that the images are decoded for.
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # sentences on how the labels are read
 
     @property
     def first(self) -> Path:
@@ -174,12 +161,11 @@ class Samples:
     ) -> bool:
         """Read every mask, and of images the size, before anything is run.
 
-        Args:
-            progress: called with the number of masks done after each.
-            of_two: whether black and white masks are of the network's two classes.
+        ``progress`` is told the number of masks done after each.
 
         Returns:
-            Whether they are so: all hold 0 and 255 alone, not 0 alone.
+            With ``of_two``, whether they are black and white, of the network's two classes: all
+            hold 0 and 255 alone, not 0 alone.
 
         Raises:
             DatasetError: a mask cannot be read, or is not of its image's size; they hold numbers
@@ -235,15 +221,8 @@ def labelled_samples(
 ) -> Samples:
     """Samples for a network, once every mask has been read.
 
-    Args:
-        pairs: images and masks.
-        classes: the network's class names, which are compared with the data set's.
-        preprocessing: of the network.
-        data: the data set's folder, where the names of its classes may be.
-        label_map: a file as `read_label_map` takes it.
-        reduce_zero_label: see `LabelRule`.
-        ignore_index: see `LabelRule.ignore`; 255 when not given.
-        progress: called with the number of masks done after each.
+    Its class names are compared with those that the data set's folder, ``data``, may hold. For
+    ``label_map`` see `read_label_map`, for the rest `LabelRule` and `Samples.check`.
 
     Raises:
         DatasetError: masks cannot be read or scored.
@@ -281,10 +260,7 @@ def labelled_samples(
 
 
 def layout_of(root: Path) -> tuple[Path, Path]:
-    """The folders of validation images and masks of a data set.
-
-    Args:
-        root: such as ``ADEChallengeData2016`` or ``cityscapes``, as unpacked.
+    """The folders of validation images and masks below ``cityscapes``, say, as it is unpacked.
 
     Raises:
         DatasetError: it has neither layout.
@@ -309,11 +285,9 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
             raise DatasetError(f"A folder of {what} was expected, but {folder} {found}.")
-    files = image_files(images.rglob("*"))
     pairs = []
-    for path in files:
-        # macOS leaves ._NAME.jpg behind in archives.
-        if path.name.startswith(".") or _is_mask(path):
+    for path in image_files(images.rglob("*")):
+        if path.name.startswith("."):  # macOS leaves ._NAME.jpg behind in archives
             continue
         where = masks / path.relative_to(images).parent
         candidates = [c for c in _candidates(path, where) if c.mask != path]
@@ -331,10 +305,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
 
 
 def _class_names(root: Path) -> tuple[str, Sequence[Sequence[str]]] | None:
-    """A data set's name and its classes' names, each by all that it goes by.
-
-    None where the data set's folder does not tell, as many that are laid out like ADE20K do not.
-    """
+    """A data set's name and all names of each of its classes, where its folder tells them."""
     if (root / _LAYOUTS["Cityscapes"][0]).is_dir():
         return "Cityscapes", CITYSCAPES
     table = ade20k_names(root)
@@ -377,12 +348,6 @@ def read_mask(path: Path) -> NDArray[np.int64]:
             "16 bits, 0 to 65535."
         )
     return numbers
-
-
-def _is_mask(path: Path) -> bool:
-    """Whether a file beside images is another's mask."""
-    base, suffix = path.stem.removesuffix("_labels"), path.stem.endswith("_labels")
-    return suffix and any((path.parent / (base + end)).is_file() for end in SUFFIXES)
 
 
 def _candidates(image: Path, where: Path) -> list[Pair]:

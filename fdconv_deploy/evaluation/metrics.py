@@ -16,15 +16,10 @@ F = TypeVar("F", bound=Segmentation | Detection)
 
 
 class Score(ABC, Generic[S, F]):
-    """What one network scores, counted over images: samples ``S``, and what it finds, ``F``.
+    """What one network scores, counted over images: samples ``S``, and what it finds, ``F``."""
 
-    Attributes:
-        measure: of a class, such as "IoU".
-        unit: what two networks agree in.
-    """
-
-    measure: ClassVar[str]
-    unit: ClassVar[str] = "class"
+    measure: ClassVar[str]  # of a class, such as "IoU"
+    unit: ClassVar[str] = "class"  # what two networks agree in
 
     @abstractmethod
     def add(self, sample: S, found: F) -> None:
@@ -58,15 +53,8 @@ def confusion_matrix(
 ) -> NDArray[np.int64]:
     """Count pixels by (true class, predicted class): ``(num_classes, num_classes)`` int64.
 
-    Matrices of several images add up.
-
-    Args:
-        truth: integers. Pixels whose truth is not a class (mmsegmentation's 255) do not count.
-        prediction: classes, in the same shape.
-        num_classes: how many there are.
-
-    Raises:
-        ValueError: shapes differ, or a prediction is not a class.
+    Matrices of several images add up. Pixels whose truth is no class (mmsegmentation's 255) do not
+    count; ``ValueError`` where shapes differ, or a prediction is no class.
     """
     true, predicted = np.asarray(truth), np.asarray(prediction)
     if true.shape != predicted.shape:
@@ -81,30 +69,20 @@ def confusion_matrix(
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores from 0 to 1.
+    """Scores from 0 to 1."""
 
-    Attributes:
-        iou: per class; NaN where a class is in neither truth nor prediction.
-        pixel_accuracy: the share of all pixels that are right.
-        accuracy: per class, the share of its true pixels that are right; NaN where it is not in
-            the truth.
-    """
-
-    iou: tuple[float, ...]
+    iou: tuple[float, ...]  # per class; NaN where it is in neither truth nor prediction
     mean_iou: float
-    pixel_accuracy: float
-    accuracy: tuple[float, ...]
+    pixel_accuracy: float  # the share of all pixels that are right
+    accuracy: tuple[float, ...]  # per class, of its true pixels; NaN where there are none
     mean_accuracy: float
 
 
 def scores(confusion: NDArray[np.int64]) -> Scores:
-    """Score a confusion matrix (rows: truth).
+    """Score a confusion matrix (rows: truth); ``ValueError`` if it is empty.
 
     IoU = intersection / union. Its mean goes over the classes that occur in the truth or the
     prediction, accuracy's over those in the truth.
-
-    Raises:
-        ValueError: the matrix is empty.
     """
     total = int(confusion.sum())
     if total == 0:
@@ -112,8 +90,8 @@ def scores(confusion: NDArray[np.int64]) -> Scores:
     hits = np.diag(confusion).astype(np.float64)
     true = confusion.sum(1)
     union = confusion.sum(0) + true - hits
-    iou = _share(hits, union)
-    accuracy = _share(hits, true)
+    with np.errstate(invalid="ignore"):  # of 0 in 0
+        iou, accuracy = hits / union, hits / true
     return Scores(
         tuple(iou.tolist()),
         float(np.nanmean(iou)),
@@ -121,7 +99,3 @@ def scores(confusion: NDArray[np.int64]) -> Scores:
         tuple(accuracy.tolist()),
         float(np.nanmean(accuracy)),
     )
-
-
-def _share(part: NDArray[np.float64], whole: NDArray[Any]) -> NDArray[np.float64]:
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)

@@ -87,15 +87,12 @@ class PanopticSet:
         classes: names of the network's classes, all but "void" among the file's categories.
         limit: take the first annotations alone.
 
-    Attributes:
-        first: the first image's file.
-        notes: none.
-
     Raises:
         DatasetError: the file is no such JSON, or lacks a class.
     """
 
     notes: Sequence[str] = ()
+    first: Path  # the first image's file
 
     def __init__(
         self,
@@ -182,35 +179,24 @@ class PanopticSet:
 
 
 class PanopticScore(Score[PanopticSample, PanopticSegmentation]):
-    """Pairs, false and missed segments of each class, over any number of images.
-
-    Args:
-        things: of each class, whether its segments are objects.
-    """
+    """Pairs, false and missed segments of each class, over any number of images."""
 
     measure = "PQ"
 
     def __init__(self, things: Sequence[bool]) -> None:
-        self._things = np.array(things)
+        self._things = np.array(things)  # of each class, whether its segments are objects
         self._iou = np.zeros(len(things))  # the sum over pairs
         self._pairs, self._false, self._missed = np.zeros((3, len(things)), np.int64)
 
     def add(self, sample: PanopticSample, found: PanopticSegmentation) -> None:
         """Count one image."""
-        labels = {segment.id: segment.label for segment in found.segments}
+        labels = {one.id: one.label for one in found.segments}
         self.count(sample.ids, sample.segments, found.ids, labels)
 
     def count(
         self, truth: Ids, segments: Iterable[TrueSegment], found: Ids, labels: dict[int, int]
     ) -> None:
-        """Count one image.
-
-        Args:
-            truth: (H, W), 0 where there is none.
-            segments: of the truth.
-            found: (H, W) segments, 0 for none.
-            labels: the class of each found segment.
-        """
+        """Count the segments (H, W) of an image, 0 for none; ``labels`` are of those found."""
         true = {segment.id: segment for segment in segments}
         both, counts = np.unique(
             truth.astype(np.int64).ravel() * _OFFSET + found.ravel(), return_counts=True
