@@ -138,10 +138,6 @@ class BackboneConfig(Frozen):
         """Channels of each output, in the order of ``out_indices``."""
         return tuple(self.widths[i] for i in sorted(self.out_indices))
 
-    def smallest_side(self, stage: int) -> int:
-        """Pixels an image needs each way so that the stages up to this one see something."""
-        raise NotImplementedError
-
 
 class ResNetConfig(BackboneConfig):
     """mmsegmentation's ResNet.
@@ -180,7 +176,7 @@ class ResNetConfig(BackboneConfig):
         return (self.expansion or 4) if RESNET_BLOCKS[self.depth][0] == "bottleneck" else 1
 
     def smallest_side(self, stage: int) -> int:
-        """Pixels that one position of the stage's map covers, in a row."""
+        """Pixels an image needs each way so that the stages up to this one see something."""
         return 4 * math.prod(self.strides[: stage + 1])
 
 

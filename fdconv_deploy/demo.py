@@ -8,10 +8,8 @@ in ``training.json`` and ``instances_training.json`` there.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from fdconv_deploy.errors import FDConvError
 
@@ -56,18 +54,6 @@ def held_out() -> list[tuple[Path, Path]]:
 def held_out_instances() -> Path:
     """What is to be found in the held-out scenes: annotations as COCO has them."""
     return _asset("heldout/instances.json")
-
-
-def training_record() -> dict[str, Any]:
-    """What the training script measured and wrote: scores of both networks, steps, time."""
-    record: dict[str, Any] = json.loads(_asset("training.json").read_text())
-    return record
-
-
-def detector_record() -> dict[str, Any]:
-    """How the detector was trained, and its scores in PyTorch and as a bundle."""
-    record: dict[str, Any] = json.loads(_asset("instances_training.json").read_text())
-    return record
 
 
 def _asset(name: str) -> Path:

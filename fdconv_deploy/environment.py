@@ -31,7 +31,6 @@ _PACKAGES = {
     "google": "protobuf",
     "google.protobuf": "protobuf",
     "grpc": "grpcio",
-    "onnxruntime": "onnxruntime",
     "opentelemetry": "opentelemetry-sdk",
     "opentelemetry.sdk": "opentelemetry-sdk",
     "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-http",
@@ -109,11 +108,7 @@ def missing(error: ImportError, extra: str | None = None) -> str | None:
 
 @contextmanager
 def needed_by(what: str, extra: str | None = None) -> Iterator[None]:
-    """Around imports: a missing package ends in a sentence, as :func:`missing` says it.
-
-    Raises:
-        FDConvError: a package is missing.
-    """
+    """Around imports: a missing package is an ``FDConvError``, as `missing` says it."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from fdconv_deploy.checkpoints import load_checkpoint, read_checkpoint
 from fdconv_deploy.coco_rle import decode
 from fdconv_deploy.demo import (
     HELD_OUT_SEEDS,
-    detector_record,
+    assets_folder,
     held_out,
     held_out_instances,
     packaged_detector,
@@ -31,7 +31,7 @@ SIZE = (192, 256)
 
 @pytest.fixture(scope="module")
 def record():
-    return detector_record()
+    return json.loads((assets_folder() / "instances_training.json").read_text())
 
 
 @pytest.fixture(scope="module")

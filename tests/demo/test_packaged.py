@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from examples.streets.scenes import CLASSES, PALETTE, draw_scene
 from fdconv_deploy.checkpoints import load_checkpoint
 from fdconv_deploy.demo import (
     HELD_OUT_SEEDS,
+    assets_folder,
     held_out,
     packaged_checkpoint,
     plain_checkpoint,
-    training_record,
 )
 from fdconv_deploy.errors import FDConvError
 from fdconv_deploy.evaluation.metrics import confusion_matrix, scores
@@ -28,7 +29,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def record():
-    return training_record()
+    return json.loads((assets_folder() / "training.json").read_text())
 
 
 @pytest.fixture(scope="module")
