@@ -67,9 +67,7 @@ def evaluate(
     ignore_index: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            help="Pixels of this class are not counted. [default: 255]",
-            show_default=False,
+            min=0, help="Pixels of this class are not counted. [default: 255]", show_default=False
         ),
     ] = None,
     mode: Annotated[
@@ -85,8 +83,7 @@ def evaluate(
     settings: Settings = None,
     weights: Weights = None,
     backend: Annotated[
-        str | None,
-        typer.Option(help="Backend of bundles, such as onnxruntime-cpu. Default: auto."),
+        str | None, typer.Option(help="Backend of bundles, such as onnxruntime-cpu. Default: auto.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -109,13 +109,11 @@ def export(
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE",
-            help="Module, or pattern of modules, to keep in float32; repeatable.",
+            metavar="MODULE", help="Module, or pattern of modules, to keep in float32; repeatable."
         ),
     ] = None,
     calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of calibration images for int8."),
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of calibration images for int8.")
     ] = None,
     activations: Annotated[
         Literal["unsigned", "signed"],
@@ -307,11 +305,7 @@ def _one_graph(options: ExportOptions) -> dict[str, Any]:
 
 
 def _own_options(context: typer.Context, format_: str, bundle: Path | None) -> dict[str, Any]:
-    """The format's own options that were given; others' are refused, and a bundle's settled ones.
-
-    Args:
-        bundle: that is given in a checkpoint's place.
-    """
+    """The format's own options that were given; others' are refused, and a ``bundle``'s settled."""
     names = {str(option.name): max(option.opts, key=len) for option in context.command.params}
     homes = {name: home for home, form in _FORMATS.items() for name in form.__kwdefaults__ or ()}
     given = typed(context)
@@ -321,7 +315,7 @@ def _own_options(context: typer.Context, format_: str, bundle: Path | None) -> d
                 f"{names[option]} is of --format {home} alone: choose that, or leave it out."
             )
     settled = [
-        name for option, name in names.items() if option in given.keys() - homes.keys() - _ANY_TIME
+        names[option] for option in names if option in given.keys() - homes.keys() - _ANY_TIME
     ]
     if bundle is not None and settled:
         raise ExportError(

@@ -32,15 +32,14 @@ def require_files(checkpoint: Path, config: Path | None = None) -> None:
 
 
 Checkpoint = Annotated[
-    Path,
-    typer.Argument(metavar="CHECKPOINT", help="A .pth, .pkl or .safetensors file."),
+    Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pkl or .safetensors file.")
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Config = Annotated[
     Path | None,
     typer.Option(
         help="The network's config (.py, .json or detectron2's .yaml; read, never run), if the "
-        "file has none.",
+        "file has none."
     ),
 ]
 Settings = Annotated[

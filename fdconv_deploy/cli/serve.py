@@ -56,8 +56,7 @@ def serve(
         float, typer.Option(min=0, help="Interval to look for changed bundles; 0 for never.")
     ] = 0.0,
     model_control: Annotated[
-        bool,
-        typer.Option("--model-control", help="Let clients load and unload models."),
+        bool, typer.Option("--model-control", help="Let clients load and unload models.")
     ] = False,
     no_model_control: Annotated[
         bool,

@@ -25,12 +25,7 @@ from fdconv_deploy.runtime.bundle import bundles_and_checkpoints
 from fdconv_deploy.runtime.manifest import Fit
 from fdconv_deploy.runtime.panoptic import PanopticSegmentation
 from fdconv_deploy.runtime.preprocessing import best_size, check_image, padded, published_size
-from fdconv_deploy.runtime.segmentation import (
-    Mode,
-    MultiScale,
-    SegmentationPipeline,
-    classes_of,
-)
+from fdconv_deploy.runtime.segmentation import Mode, MultiScale, SegmentationPipeline, classes_of
 from fdconv_deploy.runtime.session import make_pipeline
 
 if TYPE_CHECKING:
