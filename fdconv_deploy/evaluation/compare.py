@@ -1,6 +1,6 @@
 """Accuracy and speed of networks on the same labelled images, side by side in one run.
 
-Nothing here imports torch: a target is whatever answers an image, and `targets` makes them of
+Nothing here imports torch: a target is whatever answers an image, and `networks` makes them of
 bundles and checkpoints.
 """
 
@@ -101,11 +101,7 @@ def evaluate(
 ) -> Evaluation:
     """Score targets on images; every image goes through all of them before the next one.
 
-    Args:
-        targets: one or more, all of the same classes.
-        samples: decoding them is not timed.
-        progress: called with the number of images done after each.
-        clock: seconds, as `time.perf_counter` gives them.
+    Decoding images is not timed. ``progress`` is told after each how many were done.
 
     Raises:
         DatasetError: the targets' classes differ or are not in the data, or nothing counts.

@@ -56,11 +56,15 @@ class DatasetError(FDConvError):
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and its mask's. ``city_ids``: the mask holds Cityscapes' own label ids."""
+    """An image file and its mask's."""
 
     image: Path
     mask: Path
-    city_ids: bool = False
+
+    @property
+    def city_ids(self) -> bool:
+        """Whether the mask holds Cityscapes' own label ids, by its name."""
+        return self.mask.name.endswith(_CITY_IDS)
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,7 @@ class Samples:
         return len(self.pairs)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Each sample, decoded when its turn comes.
-
-        Raises:
-            ImageError: an image cannot be read.
-            DatasetError: a mask cannot be read, is not of its image's size, or names what is
-                no class.
-        """
+        """Each sample, decoded when its turn comes; it raises what `check` raises."""
         for pair in self.pairs:
             image, raw = load_image(pair.image, self.preprocessing), read_mask(pair.mask)
             _check_sizes(pair, raw.shape, image.shape[:2])
@@ -289,16 +287,18 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
     for path in image_files(images.rglob("*")):
         if path.name.startswith("."):  # macOS leaves ._NAME.jpg behind in archives
             continue
-        where = masks / path.relative_to(images).parent
-        candidates = [c for c in _candidates(path, where) if c.mask != path]
-        pair = next((c for c in candidates if c.mask.is_file()), None)
-        if pair is None:
-            names = " or ".join(c.mask.name for c in candidates)
+        where, base = masks / path.relative_to(images).parent, path.stem
+        ends = (".png", "_labels.png")
+        if base.endswith(_CITY_IMAGE):
+            base, ends = base.removesuffix(_CITY_IMAGE), (_CITY_TRAIN, _CITY_IDS)
+        likely = [mask for end in ends if (mask := where / f"{base}{end}") != path]
+        mask = next(filter(Path.is_file, likely), None)
+        if mask is None:
             raise DatasetError(
-                f"The image {path} has no mask: expected {names} in {where}. Add it, or remove "
-                "the image."
+                f"The image {path} has no mask: expected {' or '.join(one.name for one in likely)} "
+                f"in {where}. Add it, or remove the image."
             )
-        pairs.append(pair)
+        pairs.append(Pair(path, mask))
     if not pairs:
         raise DatasetError(f"{images} holds no images ({', '.join(SUFFIXES)}).")
     return pairs
@@ -348,14 +348,3 @@ def read_mask(path: Path) -> NDArray[np.int64]:
             "16 bits, 0 to 65535."
         )
     return numbers
-
-
-def _candidates(image: Path, where: Path) -> list[Pair]:
-    """Where an image's mask may be, the likeliest first."""
-    if image.stem.endswith(_CITY_IMAGE):
-        base = image.stem.removesuffix(_CITY_IMAGE)
-        return [
-            Pair(image, where / (base + _CITY_TRAIN)),
-            Pair(image, where / (base + _CITY_IDS), city_ids=True),
-        ]
-    return [Pair(image, where / f"{image.stem}{end}.png") for end in ("", "_labels")]

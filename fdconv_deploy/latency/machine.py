@@ -34,8 +34,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 def describe(threads: int) -> dict[str, Any]:
     """The machine, as JSON, and how many of its CPU threads measurements use."""
     clock = _proc("/proc/cpuinfo", "cpu MHz")
-    versions = {"python": platform.python_version()}
-    versions |= {name: found for name in _PACKAGES if (found := installed_version(name))}
+    versions = {name: found for name in _PACKAGES if (found := installed_version(name))}
     return {
         "cpu": cpu_model(),
         "cpu_mhz": round(float(clock)) if clock else None,
@@ -48,7 +47,7 @@ def describe(threads: int) -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "gpus": [gpu.describe() for gpu in gpus()],
         "system": f"{platform.system()} {platform.release()}",
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -56,10 +55,8 @@ def describe(threads: int) -> dict[str, Any]:
 
 def say(machine: dict[str, Any]) -> str:
     """A machine, as `describe` gives it, in one line."""
-    versions = machine["versions"]
-    packages = ", ".join(
-        f"{name} {versions[key]}" for key, name in _NAMED.items() if key in versions
-    )
+    here = machine["versions"]
+    packages = ", ".join(f"{name} {here[key]}" for key, name in _NAMED.items() if key in here)
     gpus = "".join(f", {gpu['name']} (driver {gpu['driver']})" for gpu in machine.get("gpus", []))
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads{gpus}; "

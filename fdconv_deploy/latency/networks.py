@@ -205,7 +205,8 @@ def expand_targets(
                 continue
             precision = bundle.manifest.precision
             target = target.model_copy(update={"kind": "bundle", "precision": precision})
-        targets += _in_backends(target, backends, native)
+        ways = _ways(target.kind == "bundle", backends, native)
+        targets += [target.model_copy(update=way) for way in ways]
     targets += [Target(kind="service", source=url, options=options, backend="http") for url in urls]
     for batch in wanted:
         if all(one.batch != batch for one in targets if one.kind != "service") and skipped:
@@ -226,23 +227,20 @@ def expand_targets(
     return targets, skipped
 
 
-def _in_backends(
-    target: Target, backends: Sequence[str], native: Sequence[Native]
-) -> Iterator[Target]:
-    bundle = target.kind == "bundle"
+def _ways(
+    bundle: bool, backends: Sequence[str], native: Sequence[Native]
+) -> Iterator[dict[str, Any]]:
+    """The backends and operators that a bundle or a checkpoint is run in, as a target has them."""
     of_kind = ("auto", *BACKENDS) if bundle else TORCH_BACKENDS
     for name in dict.fromkeys(backends or of_kind[:1]):
         names = [name] if name in of_kind else []
         if name == ALL:
             names = [each for each in of_kind if each not in ("auto", *backends)]
         for each in names:
-            made = target.model_copy(update={"backend": each, "named": name != ALL})
-            if native and bundle and each in ("auto", *NATIVE_BACKENDS):
-                here = CPU if each == "auto" else each
-                for one in native:
-                    yield made.model_copy(update={"backend": here, "native": one})
-            else:
-                yield made
+            natively = native if bundle and each in ("auto", *NATIVE_BACKENDS) else ()
+            here = CPU if natively and each == "auto" else each
+            for one in natively or [None]:
+                yield {"backend": here, "native": one, "named": name != ALL}
 
 
 def open_target(target: Target) -> OpenTarget:
