@@ -58,11 +58,6 @@ def serve(
     model_control: Annotated[
         bool, typer.Option("--model-control", help="Let clients load and unload models.")
     ] = False,
-    no_model_control: Annotated[
-        bool,
-        # Beside the other it would take the room of longer names in an 80 columns' help.
-        typer.Option("--no-model-control", hidden=True, help="Undo what --settings say."),
-    ] = False,
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port of the KServe gRPC service.")
     ] = None,
@@ -111,8 +106,6 @@ def serve(
         from fdconv_deploy import serve as service
         from fdconv_deploy.serve.settings import RaySettings, read_keys
     given = {name: value for name, value in typed(context).items() if name not in _NO_SETTINGS}
-    if given.pop("no_model_control", False):
-        given["model_control"] = False
     if "memory_budget_mb" in given:
         given["memory_budget_bytes"] = given.pop("memory_budget_mb") << 20
     if api_keys is not None:

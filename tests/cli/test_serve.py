@@ -62,8 +62,7 @@ def test_the_typed_option_wins(ran, option, setting, other, value, expected) -> 
     assert getattr(ran(None, option, value), setting) == expected
 
 
-def test_typed_flags_win_either_way(ran) -> None:
-    assert ran({"model_control": True}, "--no-model-control").model_control is False
+def test_a_typed_flag_wins(ran) -> None:
     assert ran({"model_control": False}, "--model-control").model_control is True
     assert ran({"model_control": True}).model_control is True
 
@@ -83,13 +82,7 @@ def test_typed_files_win(ran, tmp_path: Path) -> None:
 def test_every_option_that_is_a_setting_is_among_these() -> None:
     options = {option.removeprefix("--").replace("-", "_") for option, *_ in TYPED}
     options = {"queue_limit" if option == "queue" else option for option in options}
-    flags_and_files = {
-        "model_control",
-        "no_model_control",
-        "api_keys",
-        "tls_certificate",
-        "tls_key",
-    }
+    flags_and_files = {"model_control", "api_keys", "tls_certificate", "tls_key"}
     no_settings = {"context", "bundles", "host", "port", "log_level", "settings", "ray"}
     assert set(signature(serve_command).parameters) == options | flags_and_files | no_settings
 
