@@ -66,17 +66,13 @@ def install(*names: str, extra: str | None = None) -> str:
     if set(wanted) & set(_RUNTIMES) and set(here) - set(wanted):
         steps.append(" ".join(["pip uninstall -y", *here]))
     if torch := specified.pop("torch", None):
-        steps.append(" ".join(["pip install", torch, *_torch_index()]))
+        # Where PyPI's build would be the CUDA one in vain.
+        plain = sys.platform == "linux" and not nvidia_driver()
+        index = ["--index-url", "https://download.pytorch.org/whl/cpu"] if plain else []
+        steps.append(" ".join(["pip install", torch, *index]))
     if specified:
         steps.append(" ".join(["pip install", *specified.values()]))
     return " && ".join(steps)
-
-
-def _torch_index() -> list[str]:
-    """Options for PyTorch's CPU index, where PyPI's build would be the CUDA one in vain."""
-    if sys.platform != "linux" or nvidia_driver():
-        return []
-    return ["--index-url", "https://download.pytorch.org/whl/cpu"]
 
 
 def nvidia_driver() -> bool:

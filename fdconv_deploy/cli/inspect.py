@@ -45,11 +45,10 @@ def inspect(
         report = inspect_checkpoint(
             checkpoint, config=config, size=pixels, overrides=overrides, weights=weights
         )
-    report = report.model_copy(
-        update={
-            "command": export_command(report, _options(config, settings), pixels if size else None)
-        }
-    )
+    given = [] if config is None else ["--config", str(config)]
+    given += [word for setting in settings or [] for word in ("--set", setting)]
+    command = export_command(report, given, pixels if size else None)
+    report = report.model_copy(update={"command": command})
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -57,9 +56,3 @@ def inspect(
     if report.problem is not None:
         # The report has said why; a script must not take this file for one to export.
         raise typer.Exit(1)
-
-
-def _options(config: Path | None, settings: list[str] | None) -> list[str]:
-    """The options that ``fdconv export`` needs as well, as they were given."""
-    given = [] if config is None else ["--config", str(config)]
-    return given + [word for setting in settings or [] for word in ("--set", setting)]
