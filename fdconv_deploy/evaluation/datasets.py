@@ -258,11 +258,7 @@ def labelled_samples(
 
 
 def layout_of(root: Path) -> tuple[Path, Path]:
-    """The folders of validation images and masks below ``cityscapes``, say, as it is unpacked.
-
-    Raises:
-        DatasetError: it has neither layout.
-    """
+    """The folders of validation images and masks of a data set as it is unpacked."""
     for images, masks in _LAYOUTS.values():
         if (root / images).is_dir() and (root / masks).is_dir():
             return root / images, root / masks

@@ -80,12 +80,8 @@ class PanopticSample:
 class PanopticSet:
     """Images with their true segments, read one after the other.
 
-    Args:
-        annotations: COCO's panoptic JSON.
-        segments: the folder of its PNGs.
-        images: the folder of its images.
-        classes: names of the network's classes, all but "void" among the file's categories.
-        limit: take the first annotations alone.
+    Of COCO's panoptic JSON ``annotations`` and the folder of its PNGs, ``segments``, whole or up to
+    a ``limit``. All the network's classes but "void" are among its categories.
 
     Raises:
         DatasetError: the file is no such JSON, or lacks a class.

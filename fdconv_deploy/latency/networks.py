@@ -165,7 +165,7 @@ def expand_targets(
         options: of every target; checkpoints take the first bundle's input size when none is given.
         urls: of running services.
         backends: names, or "all"; else the best for bundles, eager for checkpoints.
-        batches: batch sizes; those of the bundles when not given.
+        batches: sizes; those of the bundles when not given.
         native: run bundles with operators in C, without, or both, on a CPU.
 
     Raises:
