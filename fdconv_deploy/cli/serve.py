@@ -131,8 +131,9 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        # Windows' editors begin a file with a mark that JSON does not know.
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise FDConvError(f"the settings in {path} are not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise FDConvError(f"the settings in {path} must be a JSON object.")

@@ -87,5 +87,14 @@ def test_every_option_that_is_a_setting_is_among_these() -> None:
     assert set(signature(serve_command).parameters) == options | flags_and_files | no_settings
 
 
+def test_settings_are_read_as_editors_write_them_or_refused(ran, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text('{"workers": 3}', encoding="utf-8-sig")
+    assert ran(None, "--settings", str(file)).workers == 3
+    file.write_text("[" * 100_000)
+    answer = CliRunner().invoke(app, ["serve", "bundle", "--settings", str(file)])
+    assert "are not JSON" in str(answer.exception)
+
+
 def test_nothing_typed_and_no_file_is_the_default(ran) -> None:
     assert ran(None) == Settings()
