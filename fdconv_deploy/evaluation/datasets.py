@@ -287,7 +287,7 @@ def find_pairs(images: Path, masks: Path) -> list[Pair]:
         ends = (".png", "_labels.png")
         if base.endswith(_CITY_IMAGE):
             base, ends = base.removesuffix(_CITY_IMAGE), (_CITY_TRAIN, _CITY_IDS)
-        likely = [mask for end in ends if (mask := where / f"{base}{end}") != path]
+        likely = [one for end in ends if (one := where / f"{base}{end}") != path]
         mask = next(filter(Path.is_file, likely), None)
         if mask is None:
             raise DatasetError(
