@@ -7,7 +7,6 @@ function bodies go into the model; the rest is a handful of standard nodes.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -19,9 +18,8 @@ from onnx import FunctionProto, ModelProto, helper
 
 from fdconv_deploy.folding.bands import FoldedBands
 from fdconv_deploy.folding.layer import FoldedConv
+from fdconv_deploy.folding.modulation import HiddenNorm
 from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION
-from fdconv_deploy.ops.attention.function import NORMS, AttentionForm, attention_function
-from fdconv_deploy.ops.convolution_by_rows import RowsForm, row_attributes, rows_function
 from fdconv_deploy.ops.frequency_assembly.function import (
     AssemblyForm,
     assembly_function,
@@ -33,9 +31,6 @@ from fdconv_deploy.ops.function_body import functions_checked
 from fdconv_deploy.version import __version__
 
 Attention = dict[str, gs.Variable]
-HEADS = "kernel", "filter", "spatial", "channel"
-# An axis longer than this is averaged over in pieces.
-LONG = 128
 # The end of a slice that keeps everything: runtimes know it and drop the slice.
 EVERYTHING = np.iinfo(np.int64).max
 # Of the ONNX file format: 8 brought functions, 10 is what torch's exporter writes.
@@ -129,14 +124,6 @@ def producer_of(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
-def pieces_of(length: int) -> list[int]:
-    """An axis cut into pieces that are as long as there are many, or nearly; a short one whole."""
-    if length <= LONG:
-        return [length]
-    piece = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
-    return [length // piece, piece] if piece > 1 else [length]
-
-
 def _geometry(layer: FoldedConv) -> dict[str, Any]:
     return {
         "kernel_shape": list(layer.kernel_size),
@@ -158,13 +145,15 @@ def write_layer(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:
         ``(images, O, H', W')`` float32, or ``(images, L, O)``.
     """
     nodes.begin(layer.name, None if x.shape is None else int(x.shape[0]))
-    before = x
+    # ONNX Runtime takes twice as long for GlobalAveragePool (benchmarks/primitives.py).
+    positions = nodes.shape(1) if layer.tokens else nodes.shape(2, 3)
+    average = nodes("ReduceMean", "average", x, positions, keepdims=0)
     if layer.bands is not None:
         x = _write_bands(nodes, layer.bands, x)
     if layer.constant_weight is not None:
         return _write_constant(nodes, layer, x)
-    attention = _write_attention(nodes, layer, before)
-    kernel = _write_assembly(nodes, layer, attention)
+    attention = _write_attention(nodes, layer, average)
+    kernel = _write_assembly(nodes, layer, average, attention)
     if layer.modulation.channel and layer.channel_side == "feature":
         shape = (1, layer.in_channels) if layer.tokens else (layer.in_channels, 1, 1)
         scale = nodes.reshape("channel.map", attention["channel"], nodes.images, *shape)
@@ -173,59 +162,64 @@ def write_layer(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> gs.Variable:
     return write(nodes, layer, x, kernel, attention)
 
 
-def _write_attention(nodes: Nodes, layer: FoldedConv, x: gs.Tensor) -> Attention:
-    """Features -> kernel, filter, spatial and channel attention, ``(B, n)`` each.
+def _write_attention(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> Attention:
+    """``(B, I)`` averages -> kernel, filter, spatial and channel attention, ``(B, n)`` each."""
+    folded = layer.modulation
 
-    And ``average``, ``(B, I)``: the one over positions, as the local attention takes it, if any.
-    """
-    folded, local = layer.modulation, layer.local
-    sizes = dict(zip(HEADS, folded.sizes, strict=True))
-    present = {name: size for name, size in sizes.items() if size}
-    lengths = layer.input_size[:1] if layer.tokens else layer.input_size
-    pieces = [piece for length in lengths for piece in pieces_of(length)]
-    norm = folded.norm
-    form = AttentionForm(
-        tokens=layer.tokens,
-        axes=len(pieces),
-        norm="" if norm is None else "RMSNorm" if norm.bias is None else "LayerNorm",
-        squared=folded.squared,
-        softmax=len(present) if folded.softmax else 0,
-        local=local is not None,
-    )
-    constants = {"hidden.weight": folded.hidden, "hidden.bias": folded.hidden_bias}
-    attributes: dict[str, Any] = {
-        "layer": nodes.layer,
-        "head_sizes": list(present.values()),
-        "norm": NORMS.index(form.norm),
-        "squared": int(folded.squared),
-        "softmax": int(folded.softmax),
-        "local": int(form.local),
-    }
-    if form.in_pieces:
-        shape = [*pieces, layer.in_channels] if layer.tokens else [0, *pieces]
-        attributes["pieces_shape"] = [0, *shape]
-    if norm is not None:
-        constants["hidden.norm.weight"] = norm.weight
-        if norm.bias is not None:
-            constants["hidden.norm.bias"] = norm.bias
-        attributes["norm_epsilon"] = float(norm.epsilon)
-    constants |= {"heads.weight": folded.heads, "heads.bias": folded.head_bias}
-    if local is not None:
-        constants["local.norm.weight"] = local.norm_weight
-        constants["local.norm.bias"] = local.norm_bias
-        attributes["local_epsilon"] = float(local.epsilon)
-    nodes.functions.setdefault(form.name, attention_function(form))
-    inputs = [x, *(nodes.constant(name, values) for name, values in constants.items())]
-    gates, *average = nodes.add(
-        form.name, "gates", *inputs, outputs=1 + form.local, domain=DOMAIN, **attributes
-    )
+    def gemm(name: str, x: gs.Tensor, weight: NDArray[Any], bias: NDArray[Any]) -> gs.Variable:
+        constants = nodes.constant(f"{name}.weight", weight), nodes.constant(f"{name}.bias", bias)
+        return nodes("Gemm", name, x, *constants, transB=1)
+
+    hidden = gemm("hidden", average, folded.hidden, folded.hidden_bias)
+    if folded.norm is not None:
+        hidden = _write_norm(nodes, hidden, folded.norm)
+    hidden = nodes("Relu", "hidden.relu", hidden)
+    if folded.squared:
+        hidden = nodes("Mul", "hidden.squared", hidden, hidden)
+    logits = gemm("heads", hidden, folded.heads, folded.head_bias)
+    heads = "kernel", "filter", "spatial", "channel"
+    present = {name: size for name in heads if (size := getattr(folded, name))}
+    if len(present) == 1:
+        how: dict[str, Any] = {"axis": 1} if folded.softmax else {}
+        operator = "Softmax" if folded.softmax else "Sigmoid"
+        attention = nodes(operator, "kernel.attention", logits, **how)
+        attention.shape = [nodes.images, folded.kernel]
+        return {"kernel": attention}
+    lengths = nodes.constant("heads.sizes", np.array(list(present.values()), np.int64))
+
+    def split(name: str, x: gs.Tensor) -> list[gs.Variable]:
+        return nodes.add("Split", name, x, lengths, outputs=len(present), axis=1)
+
+    if folded.softmax:
+        # Side by side again: who assembles kernels by itself reads the matrix of all gates.
+        parts = zip(present, split("logits", logits), strict=True)
+        softened = [nodes("Softmax", f"{name}.gate", x, axis=1) for name, x in parts]
+        gates = nodes("Concat", "gates", *softened, axis=1)
+    else:
+        gates = nodes("Sigmoid", "gates", logits)
     gates.shape = [nodes.images, len(folded.heads)]
-    found = {"kernel": gates}
-    if len(present) > 1:
-        split = nodes.constant("heads.sizes", np.array(list(present.values()), np.int64))
-        parts = nodes.add("Split", "attention", gates, split, outputs=len(present), axis=1)
-        found = dict(zip(present, parts, strict=True))
-    return found | dict(zip(["average"], average, strict=False))
+    return dict(zip(present, split("attention", gates), strict=True))
+
+
+def _layer_norm(
+    nodes: Nodes, name: str, x: gs.Tensor, stem: str, weight: Any, bias: Any, epsilon: float
+) -> gs.Variable:
+    constants = nodes.constant(f"{stem}.weight", weight), nodes.constant(f"{stem}.bias", bias)
+    return nodes("LayerNormalization", name, x, *constants, axis=-1, epsilon=float(epsilon))
+
+
+def _write_norm(nodes: Nodes, x: gs.Tensor, norm: HiddenNorm) -> gs.Variable:
+    """Features over their deviation; without bias over the root of their mean square."""
+    stem, name = "hidden.norm", "hidden.normalised"
+    if norm.bias is not None:
+        return _layer_norm(nodes, name, x, stem, norm.weight, norm.bias, norm.epsilon)
+    # In operators that opset 18 has.
+    squared = nodes("Mul", "hidden.power", x, x)
+    mean = nodes("ReduceMean", "hidden.mean_square", squared, nodes.shape(1), keepdims=1)
+    epsilon = nodes.constant(f"{stem}.epsilon", np.array([norm.epsilon], np.float32))
+    root = nodes("Sqrt", "hidden.root", nodes("Add", "hidden.mean", mean, epsilon))
+    weight = nodes.constant(f"{stem}.weight", norm.weight)
+    return nodes("Mul", name, nodes("Div", "hidden.scaled", x, root), weight)
 
 
 def _write_row_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Tensor | None:
@@ -258,8 +252,14 @@ def _write_column_scale(nodes: Nodes, layer: FoldedConv, attention: Attention) -
     return nodes.reshape("columns.scale", gate, batch, 1, rows, channels * width)
 
 
-def _write_assembly(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs.Variable:
-    """The layer's kernels, ``(B·O, I, kh, kw)``, or ``(B, O, kh, I·kw)`` if used by rows."""
+def _write_assembly(
+    nodes: Nodes, layer: FoldedConv, average: gs.Tensor, attention: Attention
+) -> gs.Variable:
+    """The layer's kernels, ``(B·O, I, kh, kw)``, or ``(B, O, kh, I·kw)`` if used by rows.
+
+    Args:
+        average: ``(B, I)``, of the layer's input.
+    """
     spectrum, local = layer.spectrum, layer.local
     assert spectrum is not None
     columns, rows = spectrum.column_transform, spectrum.row_transform
@@ -316,14 +316,7 @@ def _write_assembly(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs
         attributes[f"{axis}_stage{i}_shape"] = [0, *batch, stage.shape[2], rest]
     inputs.append(nodes.constant(f"rows{spectrum.rows}.outer", rows.outer.astype(np.float32)))
     if local is not None:
-        window = width * local.taps
-        # In the windows' order the taps come first and the kernel's columns, reversed, second.
-        order = [(width - 1 - at % width) * local.taps + at // width for at in range(window)]
-        inputs += [
-            attention["average"],
-            nodes.constant(f"window{window}", np.eye(window, dtype=np.float32)[:, None]),
-            nodes.constant("local.weight", local.weight[:, order]),
-        ]
+        inputs += _local_inputs(nodes, layer, average)
         # How far windows of the spread average start before a channel's first column.
         before = width - 1 + width * (local.taps // 2)
         attributes |= {
@@ -335,12 +328,31 @@ def _write_assembly(nodes: Nodes, layer: FoldedConv, attention: Attention) -> gs
     if form.column_scale or form.row_scale:
         attributes["scaled_shape"] = [0, layer.out_channels, height, length]
     if form.by_rows:
+        attributes |= _geometry(layer) | {"input_size": list(layer.input_size)}
         attributes["kernel_shape"] = [0, layer.out_channels, height, length]
     elif form.spatial_kernel:
         shape = [0, layer.out_channels, height, layer.in_channels, width]
         attributes["interleaved_shape"] = shape
     nodes.functions.setdefault(form.name, assembly_function(form))
     return nodes(form.name, "assembly", *inputs, domain=DOMAIN, **attributes)
+
+
+def _local_inputs(nodes: Nodes, layer: FoldedConv, average: gs.Tensor) -> list[gs.Tensor]:
+    local = layer.local
+    assert local is not None
+    width = layer.kernel_size[1]
+    window = width * local.taps
+    # In the windows' order the taps come first and the kernel's columns, reversed, second.
+    order = [(width - 1 - place % width) * local.taps + place // width for place in range(window)]
+    normalised = _layer_norm(
+        nodes, "local.input", average, "local.norm", local.norm_weight, local.norm_bias,
+        local.epsilon,
+    )  # fmt: skip
+    return [
+        normalised,
+        nodes.constant(f"window{window}", np.eye(window, dtype=np.float32)[:, None]),
+        nodes.constant("local.weight", local.weight[:, order]),
+    ]
 
 
 def _write_bands(nodes: Nodes, bands: FoldedBands, x: gs.Tensor) -> gs.Variable:
@@ -419,18 +431,44 @@ def _write_convolution(
 def _by_rows(
     nodes: Nodes, layer: FoldedConv, x: gs.Tensor, kernels: gs.Tensor, bias: list[gs.Constant]
 ) -> gs.Variable:
-    (height, width), given = layer.kernel_size, _geometry(layer)
-    del given["kernel_shape"]
-    rows, attributes = row_attributes(
-        **given, height=height, input_rows=layer.input_size[0], output_rows=layer.output_size[0]
-    )
-    form = RowsForm(rows, bool(bias))
-    nodes.functions.setdefault(form.name, rows_function(form))
-    return nodes(
-        form.name, "convolution", x, kernels, *bias, domain=DOMAIN, layer=nodes.layer,
-        group=nodes.images, row_shape=[-1, layer.in_channels, 1, width], row_size=[1, width],
-        **given, **attributes,
-    )  # fmt: skip
+    """The sum of one convolution per kernel row, each seeing the rows of x that are its own.
+
+    That takes kernels in the order in which they are made, (o, u, i, v); to bring them into
+    (o, i, u, v) for a single convolution costs more than the convolution of small feature maps.
+    """
+    channels, (height, width) = layer.in_channels, layer.kernel_size
+    sizes = nodes.shape(*[1] * height)
+    parts = [kernels]
+    if height > 1:
+        parts = nodes.add("Split", "kernel.rows", kernels, sizes, outputs=height, axis=2)
+    top, left, _, right = layer.padding
+    rows = layer.input_size[0]
+    total = None
+    for row, kernel in enumerate(parts):
+        first, last = rows_met(row, top, layer.stride[0], layer.dilation[0], layer.output_size[0])
+        begin, end = max(first, 0), min(last + 1, rows)
+        if begin >= end:
+            continue  # it meets nothing but padding
+        name, seen = f"row{row}", x
+        if (begin, end) != (0, rows):
+            span = nodes.shape(begin), nodes.shape(end), nodes.shape(2)
+            seen = nodes("Slice", f"{name}.input", x, *span)
+        part = nodes(
+            "Conv", f"{name}.convolution", seen,
+            nodes.reshape(f"{name}.kernel", kernel, -1, channels, 1, width),
+            *(bias if total is None else ()), group=nodes.images, kernel_shape=[1, width],
+            strides=list(layer.stride), dilations=list(layer.dilation),
+            pads=[max(-first, 0), left, max(last + 1 - rows, 0), right],
+        )  # fmt: skip
+        total = part if total is None else nodes("Add", f"{name}.sum", total, part)
+    assert total is not None
+    return total
+
+
+def rows_met(row: int, top: int, stride: int, dilation: int, output_rows: int) -> tuple[int, int]:
+    """The first and last row of the input that a kernel row meets, padding counted below zero."""
+    first = row * dilation - top
+    return first, first + stride * (output_rows - 1)
 
 
 def _write_product(

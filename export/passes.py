@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from fdconv_deploy.export.layers import Nodes, pieces_of, producer_of
+from fdconv_deploy.export.layers import Nodes, producer_of
 from fdconv_deploy.export.torch_export import PLACEHOLDER
 
 Float64 = NDArray[np.float64]
 SPREAD = ("ReduceMean", "ReduceSum")
+# An axis longer than this is cut into pieces.
+LONG = 128
 
 
 def fold_batch_norms(graph: gs.Graph) -> dict[str, tuple[Float64, Float64]]:
@@ -70,7 +74,7 @@ def split_means(graph: gs.Graph) -> None:
         if shape is None or not all(isinstance(length, int) for length in shape):
             continue
         axes = _axes(node, list(shape))
-        if len(axes) > 1 or any(len(pieces_of(shape[axis])) > 1 for axis in axes):
+        if len(axes) > 1 or any(_piece(shape[axis]) > 1 for axis in axes):
             _split(graph, node, list(shape), axes)
     graph.cleanup().toposort()
 
@@ -93,6 +97,13 @@ def _axes(node: gs.Node, shape: list[int]) -> list[int]:
     return list(range(len(shape))) if over_all else []
 
 
+def _piece(length: int) -> int:
+    """The length of an axis' pieces: its divisor nearest to its root, 1 where it is short."""
+    if length <= LONG:
+        return 1
+    return max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+
+
 def _split(graph: gs.Graph, node: gs.Node, shape: list[int], axes: list[int]) -> None:
     kind = node.op if node.op in SPREAD else "ReduceMean"
     keep = int(node.attrs.get("keepdims", 1)) if node.op in SPREAD else 1
@@ -112,8 +123,9 @@ def _split(graph: gs.Graph, node: gs.Node, shape: list[int], axes: list[int]) ->
 
     # The last axis first: its numbers lie side by side, and the others keep their places.
     for axis in reversed(axes):
-        pieces = pieces_of(shape[axis])
-        if len(pieces) > 1:
+        piece = _piece(shape[axis])
+        if piece > 1:
+            pieces = [shape[axis] // piece, piece]
             add("Reshape", f"pieces{axis}", [*shape[:axis], *pieces, *shape[axis + 1 :]], None)
             add(kind, f"piece{axis}", [axis + 1], None, keepdims=0)
         add(kind, f"axis{axis}", [axis], output if axis == axes[0] else None, keepdims=keep)

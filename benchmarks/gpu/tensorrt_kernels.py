@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 from onnx import ModelProto
 
 from benchmarks.records import FOLDER, write_json
@@ -41,8 +40,6 @@ PARTS = {
 def kernels(model: ModelProto) -> dict[str, Any]:
     """``nodes`` by operator without its form, and ``least`` and ``most`` kernels."""
     nodes = Counter(node.op_type.partition("_")[0] for node in model.graph.node)
-    for name in ("Constant", "Identity"):  # of functions that were written out
-        del nodes[name]
     may_vanish = FREE | POINTWISE | COPIES
     least = sum(count for name, count in nodes.items() if name not in may_vanish)
     copies = sum(count for name, count in nodes.items() if name in COPIES)
@@ -99,10 +96,6 @@ def count(folder: Path) -> dict[str, Any]:
         model = onnx.load(str(made.model_path(1)))
         if groups is not None:
             model = ask_for_plugins(model).model
-            own = [
-                (DOMAIN, f.name) for f in model.functions if f.name.startswith("KernelAttention")
-            ]
-            model = onnx.inliner.inline_selected_functions(model, own)
             record["plugins"] = plugin_nodes(model)
         record[name] = kernels(model)
     return record

@@ -39,9 +39,10 @@ SINGLE_OPERATORS = frozenset(
     InstanceNormalization GroupNormalization BatchNormalization LpNormalization
     MeanVarianceNormalization Exp Log Pow Reciprocal DFT""".split()
 )
-ASSEMBLY, ATTENTION = "FrequencyAssembly", "KernelAttention"
+ASSEMBLY = "FrequencyAssembly"
 # Shapes and axes are what inference must read; tensors above this are weights.
 SMALL_BYTES = 1024
+POOLING = frozenset(["GlobalAveragePool", "ReduceMean", "ReduceSum"])
 # They change no value: cheaper in the type that is there.
 MOVERS = frozenset(
     "Reshape Flatten Transpose Squeeze Unsqueeze Slice Identity Split Concat Gather Expand".split()
@@ -130,15 +131,9 @@ def kept_nodes(labels: Sequence[Label], keep: Iterable[str]) -> set[int]:
     return kept
 
 
-def is_by_rows(node: NodeProto) -> bool:
-    """Whether a node convolves by kernel rows, with the types of a Conv."""
-    return node.domain == DOMAIN and node.op_type.startswith("ConvolutionByRows")
-
-
 def _halves(node: NodeProto, opset: int) -> tuple[list[bool], list[bool]]:
     """Which inputs and outputs of a standard node are float16 where it computes in that."""
-    by_rows = is_by_rows(node)
-    schema = onnx.defs.get_schema("Conv" if by_rows else node.op_type, opset)
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     both = {"tensor(float16)", "tensor(float)"}
     kinds = {c.type_param_str for c in schema.type_constraints if both <= set(c.allowed_type_strs)}
     taken, given = (  # the last may stand for many
@@ -152,18 +147,31 @@ def _halves(node: NodeProto, opset: int) -> tuple[list[bool], list[bool]]:
     return [kind in kinds for kind in taken], [kind in kinds for kind in given]
 
 
-def kernel_makers(nodes: Sequence[NodeProto]) -> set[int]:
-    """Indices of the nodes from which FDConv layers' kernels are made, from their attentions on."""
+def kernel_makers(nodes: Sequence[NodeProto], labels: Sequence[Label]) -> set[int]:
+    """Indices of the nodes of FDConv layers from which a convolution's kernel is made.
+
+    From each kernel backwards, within its layer, to where features were pooled.
+    """
     producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     waiting = [
+        producers[node.input[1]]
+        for node, label in zip(nodes, labels, strict=True)
+        if node.op_type == "Conv" and label.layer is not None and node.input[1] in producers
+    ]
+    waiting += [
         i for i, n in enumerate(nodes) if n.domain == DOMAIN and n.op_type.startswith(ASSEMBLY)
     ]
     found: set[int] = set()
     while waiting:
         index = waiting.pop()
-        if index not in found and not nodes[index].op_type.startswith(ATTENTION):
-            waiting += [producers[name] for name in nodes[index].input if name in producers]
+        node = nodes[index]
+        if index in found or labels[index].layer is None or node.op_type == "Conv":
+            continue
         found.add(index)
+        before = [producers[name] for name in node.input if name in producers]
+        # A mean may be taken over one axis after the other.
+        pools = node.op_type in POOLING
+        waiting += [i for i in before if not pools or nodes[i].op_type in POOLING]
     return found
 
 
@@ -241,7 +249,7 @@ def _single(
     keep: Sequence[str],
 ) -> set[int]:
     """Indices of the nodes that stay float32."""
-    single = kernel_makers(nodes) | kept_nodes(labels, keep)
+    single = kernel_makers(nodes, labels) | kept_nodes(labels, keep)
     for index, node in enumerate(nodes):
         if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
@@ -250,7 +258,7 @@ def _single(
             )
         # An operator of another domain has no schema to ask.
         standard = node.domain in ("", "ai.onnx") and node.op_type not in SINGLE_OPERATORS
-        if not (standard or is_by_rows(node)) or not any(_halves(node, opset)[0]):
+        if not standard or not any(_halves(node, opset)[0]):
             single.add(index)
     # What only moves float32 values from one float32 node to another stays float32.
     producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}

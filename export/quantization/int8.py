@@ -38,7 +38,7 @@ from onnxruntime.quantization import (
 
 from fdconv_deploy.errors import ExportError
 from fdconv_deploy.export.options import Activations
-from fdconv_deploy.export.quantization.fp16 import is_by_rows, kept_nodes, tensor_types
+from fdconv_deploy.export.quantization.fp16 import kept_nodes, tensor_types
 from fdconv_deploy.export.validation.sample_inputs import CalibrationImages
 from fdconv_deploy.profiling import label_nodes
 
@@ -100,7 +100,7 @@ def _nearest(
         near, far = tensors(node)
         if reached.isdisjoint(near):
             continue
-        if node.op_type == "Conv" or is_by_rows(node):
+        if node.op_type == "Conv":
             found.add(node.name)
         else:
             reached.update(far)

@@ -180,9 +180,9 @@ def inline_functions(model: ModelProto) -> ModelProto:
     nodes = iter(inlined.graph.node)
     for original in model.graph.node:
         node = next(nodes)
-        if original.domain == DOMAIN:  # its body lies where it was, and ends in its last output
+        if original.domain == DOMAIN:  # its body lies where it was, and ends in its output
             node.name = f"{original.name}.{node.output[0]}"
-            while original.output[-1] not in node.output:
+            while original.output[0] not in node.output:
                 node = next(nodes)
                 node.name = f"{original.name}.{node.output[0]}"
     lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fdconv_deploy.errors import ExportError
-from fdconv_deploy.export.layers import Nodes, producer_of, take_over
+from fdconv_deploy.export.layers import Nodes, producer_of, rows_met, take_over
 from fdconv_deploy.folding.spectrum import unfold_spectrum
 from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops.frequency_assembly.launch import (
@@ -67,14 +67,8 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
     graph = gs.import_onnx(model)
     inputs = {function.name: function.input for function in model.functions}
     nodes = Nodes(graph, graph.inputs[0].shape[0])
-    replace = {
-        "FrequencyAssembly": _replace_assembly,
-        "FrequencyBandModulation": _replace_bands,
-        "ConvolutionByRows": _convolve_once,
-    }
-    kept = [function for function in model.functions if function.name.startswith("KernelAttention")]
-    own = {function.name for function in kept}  # for which standard operators do
-    for node in [n for n in graph.nodes if n.domain == DOMAIN and n.op not in own]:
+    replace = {"FrequencyAssembly": _replace_assembly, "FrequencyBandModulation": _replace_bands}
+    for node in [n for n in graph.nodes if n.domain == DOMAIN]:
         replacement = replace.get(node.op.partition("_")[0])
         if replacement is None or node.op not in inputs or "layer" not in node.attrs:
             raise ExportError(
@@ -83,9 +77,9 @@ def ask_for_plugins(model: ModelProto) -> PluginGraph:
             )
         nodes.begin(f"{node.attrs['layer']}.plugin")  # not to meet the names of what stays
         replacement(nodes, node, dict(zip(inputs[node.op], node.inputs, strict=True)))
-    result = nodes.model(kept)
+    result = nodes.model()
     del result.graph.value_info[:]  # some are float16 now; whoever reads the graph infers them
-    asking = [node for node in graph.nodes if node.domain == DOMAIN and node.op not in own]
+    asking = [node for node in graph.nodes if node.domain == DOMAIN]
     counts = Counter(node.op for node in asking)
     launches = [launch_of(node.op, node.attrs["sizes"]) for node in asking]
     return PluginGraph(result, dict(sorted(counts.items())), launches)
@@ -131,9 +125,7 @@ def _stand_for(nodes: Nodes, old: gs.Node, new: gs.Variable, half: bool) -> None
 
 
 def _replace_assembly(nodes: Nodes, node: gs.Node, named: Named) -> None:
-    """Write a layer's kernel assembly anew."""
-    if any(reader.op == "Split" for reader in node.outputs[0].outputs):
-        raise _unknown(node.name)  # kernels are whole now
+    """Write a layer's kernel assembly anew, and its convolution as one if it was by rows."""
     spectrum = _spectrum(node, named)
     gates = _gate_matrix(node, named["attention"])
     if gates.shape:
@@ -150,7 +142,10 @@ def _replace_assembly(nodes: Nodes, node: gs.Node, named: Named) -> None:
     half = _wants_half(node)
     rows = _rows(nodes, sizes, spectrum, gates)
     weight = _columns(nodes, sizes, rows, gates, named, scale, half)
-    _stand_for(nodes, node, weight, half)
+    if node.attrs["by_rows"]:
+        _convolve_once(nodes, node, weight)
+    else:
+        _stand_for(nodes, node, weight, half)
 
 
 def _spectrum(node: gs.Node, named: Named) -> KernelSpectrum:
@@ -190,7 +185,7 @@ def _wants_half(node: gs.Node) -> bool:
     waiting, half = list(node.outputs[0].outputs), []
     while waiting:
         reader = waiting.pop()
-        if reader.op in ("Reshape", "Transpose"):
+        if reader.op in ("Split", "Reshape", "Transpose"):
             waiting += [n for t in reader.outputs for n in t.outputs]
         else:
             half.append(reader.op == "Cast" and reader.attrs["to"] == FLOAT16)
@@ -291,10 +286,51 @@ def _columns(
     )  # fmt: skip
 
 
-def _convolve_once(nodes: Nodes, node: gs.Node, named: Named) -> None:
+def _convolve_once(nodes: Nodes, node: gs.Node, weight: gs.Variable) -> None:
     """Convolve with whole kernels, as GPUs do best, in place of the sum over kernel rows."""
-    kept = {name: node.attrs[name] for name in ("strides", "pads", "dilations", "group")}
-    node.op, node.domain, node.attrs = "Conv", None, kept
+    given = node.attrs
+    found: dict[int, gs.Node] = {}
+    waiting = [(0, reader) for reader in node.outputs[0].outputs]
+    while waiting:
+        row, reader = waiting.pop()
+        if reader.op == "Conv":
+            found[row] = reader
+        elif reader.op in ("Split", "Reshape", "Cast"):
+            waiting += [(row + i, n) for i, t in enumerate(reader.outputs) for n in t.outputs]
+    convolutions = [found[row] for row in sorted(found)]
+    if not convolutions:
+        raise _unknown(node.name)
+    bias = [conv.inputs[2] for conv in convolutions if len(conv.inputs) > 2]
+    output = convolutions[0].outputs[0]
+    for conv in convolutions[1:]:
+        (reader,) = conv.outputs[0].outputs
+        if reader.op != "Add" or not any(t is output for t in reader.inputs):
+            raise _unknown(conv.name)
+        output = reader.outputs[0]
+    result = nodes(
+        "Conv", "whole", _whole_input(given, min(found), convolutions[0]), weight, *bias,
+        kernel_shape=given["kernel_size"], group=convolutions[0].attrs["group"],
+        **{name: given[name] for name in ("strides", "pads", "dilations")},
+    )  # fmt: skip
+    take_over(output, result)
+    node.outputs.clear()
+    node.inputs.clear()
+
+
+def _whole_input(given: dict[str, Any], row: int, conv: gs.Node) -> gs.Tensor:
+    """The convolution's input, of which a kernel row's convolution may see a slice."""
+    height, top, bottom = given["input_size"][0], given["pads"][0], given["pads"][2]
+    stride, dilation = given["strides"][0], given["dilations"][0]
+    reach = dilation * (given["kernel_size"][0] - 1) + 1
+    first, last = rows_met(
+        row, top, stride, dilation, (height + top + bottom - reach) // stride + 1
+    )
+    if first <= 0 and last >= height - 1:
+        return conv.inputs[0]
+    producer = producer_of(conv.inputs[0])
+    if producer is None or producer.op != "Slice":
+        raise _unknown(conv.name)
+    return producer.inputs[0]
 
 
 def _replace_bands(nodes: Nodes, node: gs.Node, named: Named) -> None:

@@ -36,8 +36,8 @@ class FoldedConv:
     BatchNorm's; its shift is in ``bias`` ``(O,)``. channel_side, filter_side: whether that
     attention scales the kernel or the convolution's input or output, whichever is smaller.
     by_rows: in a graph, convolve with each row of the kernels by itself and add; see
-    `fdconv_deploy.ops.convolution_by_rows`. tokens: features are ``(B, L, C)``, not
-    ``(B, C, H, W)``; the kernel is 1×1 and input_size ``(L, 1)``.
+    ``_by_rows`` in ``export/layers.py``. tokens: features are ``(B, L, C)``, not ``(B, C, H, W)``;
+    the kernel is 1×1 and input_size ``(L, 1)``.
     """
 
     name: str

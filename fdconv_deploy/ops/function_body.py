@@ -10,8 +10,6 @@ from onnx import AttributeProto, FunctionProto, NodeProto, helper
 
 from fdconv_deploy.ops import DOMAIN, OPSET
 
-_NUMBERS = "epsilon", "value_float"
-
 
 class FunctionBody:
     """Collects nodes; every operator added returns the name of its one output.
@@ -44,21 +42,25 @@ class FunctionBody:
 
     def attribute(self, name: str) -> str:
         """A 1-d int64 constant that each calling node gives as its attribute ``name``."""
-        return self.passed("Constant", value_ints=name)
+        if name not in self.attributes:
+            self.attributes.append(name)
+        output = self._fresh("attribute")
+        node = helper.make_node("Constant", [], [output])
+        reference = AttributeProto(name="value_ints", type=AttributeProto.INTS, ref_attr_name=name)
+        node.attribute.append(reference)
+        self.nodes.append(node)
+        return output
 
     def passed(self, op_type: str, *inputs: str, **names: str) -> str:
         """Append an operator whose attributes are the calling node's: ``theirs=ours``.
 
-        An attribute is a number where it is one of ``_NUMBERS``, a list of integers where its name
-        is a plural, else one integer.
+        An attribute is a list of integers where its name is a plural, else one integer.
         """
         output = self(op_type, *inputs)
         for theirs, ours in names.items():
             if ours not in self.attributes:
                 self.attributes.append(ours)
-            lists = theirs.endswith("s") or theirs == "kernel_shape"
-            kind = AttributeProto.INTS if lists else AttributeProto.INT
-            kind = AttributeProto.FLOAT if theirs in _NUMBERS else kind
+            kind = AttributeProto.INTS if theirs.endswith("s") else AttributeProto.INT
             reference = AttributeProto(name=theirs, type=kind, ref_attr_name=ours)
             self.nodes[-1].attribute.append(reference)
         return output
@@ -67,16 +69,15 @@ class FunctionBody:
         """Reshape to a shape that the calling node gives (0 copies the batch size)."""
         return self("Reshape", x, self.attribute(attribute))
 
-    def finish(self, output: str, doc: str, **more: str) -> FunctionProto:
-        """The function, whose outputs are a value, called ``output``, and ``more`` by name."""
-        outputs = {"output": output, **more}
-        ends = [helper.make_node("Identity", [of], [name]) for name, of in outputs.items()]
+    def finish(self, output: str, doc: str) -> FunctionProto:
+        """The function, with the last value as its one output."""
+        identity = helper.make_node("Identity", [output], ["output"])
         return helper.make_function(
             DOMAIN,
             self.name,
             self.inputs,
-            list(outputs),
-            [*self.nodes, *ends],
+            ["output"],
+            [*self.nodes, identity],
             [helper.make_opsetid("", OPSET)],
             self.attributes,
             doc_string=doc,

@@ -36,19 +36,17 @@ if TYPE_CHECKING:
 
 BEFORE = "before the first convolution"
 NOWHERE = "elsewhere"
-_OPERATORS = {
-    "FrequencyAssembly": "kernel assembly",
-    "FrequencyBandModulation": "band modulation",
-    "KernelAttention": "attention",
-    "ConvolutionByRows": "convolutions",
-}
+_OPERATORS = {"FrequencyAssembly": "kernel assembly", "FrequencyBandModulation": "band modulation"}
 # ONNX Runtime's prefix of what was inside a function.
-_INLINED = re.compile(rf"_inlfunc_({'|'.join(_OPERATORS)})")
+_INLINED = re.compile(r"_inlfunc_(FrequencyAssembly|FrequencyBandModulation)")
 # What ONNX Runtime adds to names: for fusing, float16 on a CPU, and layouts.
 _ADDED = re.compile(r"^(fused )?(InsertedPrecisionFreeCast_)?|_nchwc$")
 # What the exporter calls the nodes of a layer's convolution, a layer's prefix left out: the
-# convolution, or over tokens a product; shifts and scales of its output; reshapes.
-_OF_CONVOLUTION = re.compile(r"(convolution|product|kernel\.turned|output|input)([._/]|$)")
+# convolution, over tokens a product, or one per kernel row and their sum; shifts and scales of its
+# output; reshapes.
+_OF_CONVOLUTION = re.compile(
+    r"(convolution|product|row\d+|kernel\.rows|kernel\.turned|output|input)([._/]|$)"
+)
 _CONVOLUTIONS = {"Conv", "FusedConv", "ConvTranspose", "QLinearConv", "ConvInteger"}
 _CARRIERS = {"ReorderInput", "ReorderOutput", "Transpose"}
 Place = tuple[str, str]

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from fdconv_deploy.runtime.bundle import Bytes
 from fdconv_deploy.runtime.native_layers import (
     ASSEMBLY,
-    ATTENTION,
     BAND_ATTRIBUTES,
     BANDS,
     FUNCTIONS,
     NativeGraph,
     fuse_layers,
+    gates_of,
     is_assembly,
 )
 from fdconv_deploy.runtime.native_layers import DOMAIN as OURS
@@ -43,7 +43,6 @@ from fdconv_deploy.runtime.onnx_graph import (
     copied,
     import_domain,
     make_node,
-    set_attribute,
     set_nodes,
     shape_of,
 )
@@ -281,14 +280,13 @@ class _Rewriting:
     def _layer(self, node: Any, named: dict[str, str]) -> _Layer | None:
         """An assembly and what it is for, where that is as exports have it."""
         given = attributes(node)
-        split = self.index.producer(named["attention"], "Split")
-        gates = named["attention"] if split is None else split.input[0]
+        gates = gates_of(self.index, named["attention"])
         offsets = {
             gate: given[f"{gate}_at"]
             for gate in ("filter", "spatial", "channel")
             if given.get(f"{gate}_at", -1) >= 0
         }
-        if split is None and offsets:
+        if gates == named["attention"] and offsets:
             return None
         kernels = node.output[0]
         conv = self.index.only_reader(kernels, "Conv")
@@ -425,7 +423,8 @@ class _Rewriting:
         if source is None:
             return False
         copy = copied(node, [source[0], *node.input[1:]], list(node.output))
-        set_attribute(copy, "block", self.block)
+        (block,) = (each for each in copy.attribute if each.name == "block")
+        block.i = self.block
         self.out.append(copy)
         self.plain.update(node.output)
         return True
@@ -556,7 +555,7 @@ _HANDLERS: dict[str, Callable[[_Rewriting, Any], bool]] = {
     "Concat": _Rewriting._concatenation,
     "Reshape": _Rewriting._reshape,
     "Resize": _Rewriting._resize,
-    ATTENTION: _Rewriting._attention,
+    "KernelAttention": _Rewriting._attention,
     BANDS: _Rewriting._bands,
     **dict.fromkeys(_UNARY, _Rewriting._unary),
     **dict.fromkeys(_BINARY, _Rewriting._binary),

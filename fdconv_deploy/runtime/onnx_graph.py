@@ -252,6 +252,21 @@ class GraphIndex:
         node = None if number is None else self.nodes[number]
         return node if node is None or not operators or node.op_type in operators else None
 
+    def path(self, name: str, *steps: str) -> list[Any] | None:
+        """Nodes from a tensor backwards, "Mul 1": a Mul, which the next one gives its input 1.
+
+        None where a node is of another operator.
+        """
+        found: list[Any] = []
+        for step in steps:
+            operator, _, place = step.partition(" ")
+            node = self.producer(name, operator)
+            if node is None:
+                return None
+            found.append(node)
+            name = node.input[int(place or 0)]
+        return found
+
     def only_reader(self, name: str, *operators: str) -> Any:
         """The node that alone reads a tensor; None where none does, or none of those operators'."""
         if len(self.readers[name]) != 1 or name in self.kept:

@@ -20,12 +20,13 @@ from onnx import ModelProto, NodeProto
 
 from fdconv_deploy.export.quantization.fp16 import to_half_precision
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
+from fdconv_deploy.ops import DOMAIN
 from fdconv_deploy.ops import launch as kernel_launch
 from fdconv_deploy.ops.frequency_assembly.launch import AssemblySizes
 from fdconv_deploy.ops.launch import KernelLaunch, kernel_function
 from fdconv_deploy.ops.tensorrt_plugins import launch_of
 from tests.ops.gpu.cases import BANDS, LAYERS
-from tests.ops.single import layer_model, nodes_asking
+from tests.ops.single import layer_model
 
 TYPES = {"*" + short: getattr(torch, name) for name, short in kernel_launch.TYPES.items()}
 
@@ -35,7 +36,8 @@ def values_of(model: ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
     exposed = ModelProto()
     exposed.CopyFrom(model)
     inferred = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    names = {name for n in nodes_asking(model) for name in (*n.input, *n.output)} & inferred.keys()
+    nodes = [n for n in model.graph.node if n.domain == DOMAIN]
+    names = {name for n in nodes for name in (*n.input, *n.output)} & inferred.keys()
     del exposed.graph.output[:]
     exposed.graph.output.extend(inferred[name] for name in sorted(names))
     session = onnxruntime.InferenceSession(
@@ -89,7 +91,8 @@ def errors(name: str, half: bool) -> dict[str, float]:
         to_half_precision(model, ["layer"])
     variant = ask_for_plugins(model).model
     values = values_of(variant, case.input().numpy())
-    return {n.op_type: node_error(n, values) for n in nodes_asking(variant)}
+    nodes = [n for n in variant.graph.node if n.domain == DOMAIN]
+    return {n.op_type: node_error(n, values) for n in nodes}
 
 
 def main() -> None:

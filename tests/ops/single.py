@@ -18,7 +18,6 @@ from fdconv_deploy.ops import DOMAIN, DOMAIN_VERSION, OPSET
 from fdconv_deploy.ops.function_body import functions_checked
 
 Arrays = dict[str, NDArray]
-ATTENTION = "KernelAttention"
 
 
 def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
@@ -40,9 +39,8 @@ def layer_model(folded: FoldedConv, batch: int) -> ModelProto:
             names = *function.input, *function.output
             named = zip(names, (*node.inputs, *node.outputs), strict=True)
             for name, tensor in named:
-                if isinstance(tensor, gs.Variable) and tensor is not x and tensor is not y:
-                    flat = name in ("attention", "local_input") or node.op.startswith(ATTENTION)
-                    rank = 2 if flat else 4
+                if isinstance(tensor, gs.Variable) and tensor is not x:
+                    rank = 2 if name in ("attention", "local_input") else 4
                     tensor.shape = [f"{tensor.name}.{axis}" for axis in range(rank)]
                     shown[id(tensor)] = tensor
     graph.outputs = [y, *shown.values()]
@@ -92,15 +90,6 @@ def fdconv_node(model: ModelProto, name: str) -> onnx.NodeProto:
     """The one node of an operator, whatever its form."""
     (node,) = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith(name)]
     return node
-
-
-def nodes_asking(variant: ModelProto) -> list[onnx.NodeProto]:
-    """The nodes of a plugin variant that ask for plugins: attentions are standard operators."""
-    return [
-        node
-        for node in variant.graph.node
-        if node.domain == DOMAIN and not node.op_type.startswith(ATTENTION)
-    ]
 
 
 def inputs_of(model: ModelProto, node: onnx.NodeProto, values: Arrays) -> Arrays:

@@ -110,9 +110,7 @@ def check_attributes(model: ModelProto, node: NodeProto, folded: FoldedConv) -> 
     stored = {q for q in given["row_frequencies"] if q >= 0}
     assert stored | {-q % rows for q in stored} == set(range(rows))
     if folded.by_rows:
-        by_rows = fdconv_node(model, "ConvolutionByRows")
-        pads = next(a.ints for a in by_rows.attribute if a.name == "pads")
-        assert list(pads) == list(folded.padding)
+        assert given["pads"] == list(folded.padding)
 
 
 def check(form: AssemblyForm, layer: FDConv2d, folded: FoldedConv, batch: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnxruntime
 import pytest
 import torch
@@ -28,7 +26,6 @@ from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.native_layers import NativeGraph, fuse_layers
 from fdconv_deploy.runtime.onnx_graph import read_model, set_attribute
 from tests.reference.lively import enliven, lively_input
-from tests.runtime.test_bundle import relist
 
 SIZE = 24, 28
 
@@ -333,20 +330,6 @@ def test_a_computed_bias_is_added(bundle: Path) -> None:
     graph = model.graph if found is None else found.model.graph
     read = {tensor for node in graph.node for tensor in node.input}
     assert {f"bias{at}" for at, _ in dynamic_convs} <= read
-
-
-def test_a_graph_of_attentions_in_standard_operators(bundle: Path, tmp_path: Path) -> None:
-    """As bundles had it before those, and convolutions by kernel rows, were nodes."""
-    older = tmp_path / "bundle"
-    shutil.copytree(bundle, older)
-    (path,) = older.glob("*.onnx")
-    model = onnx.load(path, load_external_data=False)
-    parts = "KernelAttention", "ConvolutionByRows"
-    written = [("fdconv", f.name) for f in model.functions if f.name.startswith(parts)]
-    assert {name.partition("_")[0] for _, name in written} == set(parts)
-    onnx.save(onnx.inliner.inline_selected_functions(model, written), path)
-    relist(older, path.name)
-    assert check(network(), older).startswith("native operators")
 
 
 def test_a_network_without_fdconv_is_left_alone(tmp_path: Path) -> None:

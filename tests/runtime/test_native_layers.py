@@ -33,10 +33,10 @@ def operators(graph) -> list[str]:
 def test_one_convolution_of_the_whole_geometry(exported: bytes) -> None:
     before = operators(read_model(exported).graph)
     assert sum("_ByRows" in name for name in before) == 2
-    assert sum(name.startswith("ConvolutionByRows") for name in before) == 2
+    assert before.count("Conv") == 6
     graph = fuse_layers(exported, {}).model.graph
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    assert not [name for name in operators(graph) if "ByRows" in name]
+    assert not [name for name in operators(graph) if "_ByRows" in name or name == "Slice"]
     found = [attributes(node) for node in convolutions]
     assert [given["strides"] for given in found] == [[2, 2], [1, 1]]
     assert all(given["pads"] == [1, 1, 1, 1] and given["group"] == 2 for given in found)
@@ -46,9 +46,19 @@ def test_one_convolution_of_the_whole_geometry(exported: bytes) -> None:
     assert not kernels & {value.name for value in graph.value_info}
 
 
-def test_kernels_that_others_read_stay(exported: bytes) -> None:
+def test_rows_that_others_read_stay(exported: bytes) -> None:
     model = read_model(exported)
-    assembly = next(n for n in model.graph.node if "Assembly_ByRows" in n.op_type)
-    model.graph.output.add(name=assembly.output[0])
+    rows = next(n for n in model.graph.node if n.op_type == "Split" and len(n.output) == 3)
+    model.graph.output.add(name=rows.output[1])
+    found = fuse_layers(model.SerializeToString(), {}).model.graph
+    assert sum("_ByRows" in name for name in operators(found)) == 1
+
+
+def test_a_sum_of_something_else_stays(exported: bytes) -> None:
+    model = read_model(exported)
+    graph = model.graph
+    convolution = next(node for node in graph.node if node.op_type == "Conv")
+    total = next(n for n in graph.node if n.op_type == "Add" and convolution.output[0] in n.input)
+    total.input[list(total.input).index(convolution.output[0])] = graph.input[0].name
     found = fuse_layers(model.SerializeToString(), {}).model.graph
     assert sum("_ByRows" in name for name in operators(found)) == 1

@@ -32,7 +32,8 @@ Attributes, beside the shapes that the body reshapes to:
     heads                       columns of the matrix that ``attention`` is split from
     filter_at, spatial_at, channel_at
                                 where a gate that scales kernels begins in that matrix, else -1
-    by_rows                     1: for `fdconv_deploy.ops.convolution_by_rows`
+    by_rows                     1: the graph convolves with each kernel row by itself; then also
+                                strides, pads, dilations, input_size of the whole convolution
 
 Layers differ in which inputs they have; each form is a function of its own, named after
 what it departs in from the published 3×3 layer.

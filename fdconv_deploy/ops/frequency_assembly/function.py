@@ -20,11 +20,12 @@ from fdconv_deploy.ops.function_body import FunctionBody
 # In how many stages the published 3×3 layer's columns and rows are inverted.
 USUAL_STAGES = (3, 3)
 # Attributes of a node that other readers than its body need; the folder's ``__init__`` lists what
-# they mean.
+# they mean. GEOMETRY is that of a convolution by kernel rows.
 ATTRIBUTES = (
     "layer out_channels in_channels kernel_size by_rows taps row_frequencies column_frequencies "
     "heads filter_at spatial_at channel_at"
 ).split()
+GEOMETRY = "strides pads dilations input_size".split()
 # Lengths of blocks of bins.
 LENGTHS = (1, 2, 4, 8, 16)
 
@@ -78,7 +79,7 @@ class AssemblyForm:
 
 def assembly_function(form: AssemblyForm) -> FunctionProto:
     """The ONNX function body for one form."""
-    f = FunctionBody(form.name, form.inputs, ATTRIBUTES)
+    f = FunctionBody(form.name, form.inputs, ATTRIBUTES + GEOMETRY * form.by_rows)
     # Attention by bin in two steps: first by the few patterns of groups that blocks of
     # neighbouring bins have, then whole blocks, which are copied several numbers at a time.
     index = f("Cast", "patterns", to=6)  # int32

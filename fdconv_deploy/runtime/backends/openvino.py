@@ -31,7 +31,7 @@ from fdconv_deploy.runtime.backends.base import (
 from fdconv_deploy.runtime.backends.threads import available_cores
 from fdconv_deploy.runtime.bundle import Bundle
 from fdconv_deploy.runtime.manifest import TensorSpec
-from fdconv_deploy.runtime.native_layers import ASSEMBLY, native_graph
+from fdconv_deploy.runtime.native_layers import BANDS, native_graph
 
 # Backend -> OpenVINO's INFERENCE_PRECISION_HINT. Left alone, the plugin takes bfloat16 wherever the
 # processor has it.
@@ -102,7 +102,7 @@ class OpenVINOBackend:
         ours = [
             (DOMAIN, function.name)
             for function in graph.functions
-            if self._native and function.name.startswith(ASSEMBLY)
+            if self._native and not function.name.startswith(BANDS)
         ]
         graph = self._inliner.inline_selected_functions(graph, ours, exclude=True)
         del graph.functions[:]  # those that the extension's operators stand for

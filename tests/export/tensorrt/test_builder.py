@@ -17,7 +17,7 @@ import pytest
 
 from fdconv_deploy.errors import BackendError
 from fdconv_deploy.export.tensorrt.plugin_pass import ask_for_plugins
-from tests.ops.single import nodes_asking
+from fdconv_deploy.ops import DOMAIN
 
 if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
     pytest.skip(
@@ -112,7 +112,7 @@ def test_exported_graphs_and_a_plugin_variant(bundle, exported_module, tmp_path,
 def test_nvidias_parser_takes_registered_plugins_for_our_nodes(exported_module, tmp_path, proved):
     """A creator in a node's namespace comes before the function of the same name."""
     graph = ask_for_plugins(onnx.load(str(exported_module.bundle.model_path(1))))
-    asking = nodes_asking(graph.model)
+    asking = [node for node in graph.model.graph.node if node.domain == DOMAIN]
     for number, node in enumerate(asking):
         onnx.save(_alone(graph.model, node), tmp_path / f"{number}.onnx")
     *_, line = nvidia(PARSE, str(tmp_path), *graph.plugins)

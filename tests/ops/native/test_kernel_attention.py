@@ -60,12 +60,17 @@ def by_reference(x: np.ndarray, m: FoldedModulation, local: FoldedLocal) -> list
     return [gates, normalised(average, local.norm_weight, local.norm_bias, local.epsilon)]
 
 
-def given(
-    m: FoldedModulation, local: FoldedLocal | None
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """A node's constants and attributes, as the exported function and the native operator have."""
+def by_node(
+    x: np.ndarray,
+    m: FoldedModulation,
+    local: FoldedLocal | None,
+    layout: Any,
+    library: Path,
+    threads: int = 1,
+) -> list[np.ndarray]:
     constants = [m.hidden, m.hidden_bias]
     attributes: dict[str, Any] = {
+        "block": 0 if layout == "tokens" else layout,
         "norm": 0,
         "squared": int(m.squared),
         "softmax": int(m.softmax),
@@ -79,19 +84,6 @@ def given(
     if local is not None:
         constants += [local.norm_weight, local.norm_bias]
         attributes["local_epsilon"] = local.epsilon
-    return constants, attributes
-
-
-def by_node(
-    x: np.ndarray,
-    m: FoldedModulation,
-    local: FoldedLocal | None,
-    layout: Any,
-    library: Path,
-    threads: int = 1,
-) -> list[np.ndarray]:
-    constants, attributes = given(m, local)
-    attributes["block"] = 0 if layout == "tokens" else layout
     if layout == "tokens":
         x = np.ascontiguousarray(x.reshape(*x.shape[:2], -1).transpose(0, 2, 1))
     elif layout:
