@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fdconv_deploy.checkpoints.evidence import ConfigT, Inference
+from fdconv_deploy.checkpoints.settings import ConfigT, Inference
 from fdconv_deploy.checkpoints.state_dict import Layer, Shapes, conv_layers
 from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn.fdconv import dynamic_layers

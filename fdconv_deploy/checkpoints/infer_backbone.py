@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.settings import (
     UNSET,
     Evidence,
     SettingResolver,
@@ -18,7 +19,6 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
     type_of,
 )
-from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
 from fdconv_deploy.checkpoints.state_dict import (
     Layer,
     Shapes,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.settings import (
     CHECKPOINT_META,
     UNSET,
     Evidence,

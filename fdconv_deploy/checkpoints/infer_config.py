@@ -6,12 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import (
-    Evidence,
-    Inference,
-    SettingResolver,
-    refuse_unsupported,
-)
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import (
     infer_classes,
@@ -24,6 +18,12 @@ from fdconv_deploy.checkpoints.infer_query_head import (
     infer_panoptic,
     infer_query_head,
     query_head_type,
+)
+from fdconv_deploy.checkpoints.settings import (
+    Evidence,
+    Inference,
+    SettingResolver,
+    refuse_unsupported,
 )
 from fdconv_deploy.checkpoints.state_dict import (
     Shapes,

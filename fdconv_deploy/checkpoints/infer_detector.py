@@ -12,7 +12,12 @@ from fdconv_deploy.checkpoints.config_writer import (
     DETECTOR_SECTIONS,
     DETECTOR_TYPES,
 )
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import (
+    infer_classes,
+    infer_preprocessing,
+)
+from fdconv_deploy.checkpoints.settings import (
     UNSET,
     ConfigT,
     Evidence,
@@ -20,11 +25,6 @@ from fdconv_deploy.checkpoints.evidence import (
     refuse_unsupported,
     stated,
     type_of,
-)
-from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
-from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import (
-    infer_classes,
-    infer_preprocessing,
 )
 from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names, part
 from fdconv_deploy.config import (

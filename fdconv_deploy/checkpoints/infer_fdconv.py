@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.settings import (
     UNSET,
     SettingResolver,
     stated,

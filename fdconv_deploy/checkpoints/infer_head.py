@@ -8,7 +8,8 @@ from functools import partial
 from itertools import combinations, permutations
 from typing import Any, get_args
 
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import count_names
+from fdconv_deploy.checkpoints.settings import (
     CHECKPOINT_META,
     UNSET,
     Evidence,
@@ -18,7 +19,6 @@ from fdconv_deploy.checkpoints.evidence import (
     stated,
     type_of,
 )
-from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import count_names
 from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names, part, shape_of
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
 from fdconv_deploy.errors import CheckpointError

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from fdconv_deploy.checkpoints.evidence import (
+from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
+from fdconv_deploy.checkpoints.settings import (
     UNSET,
     Evidence,
     SettingResolver,
     refuse_unsupported,
     stated,
 )
-from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
 from fdconv_deploy.checkpoints.state_dict import (
     Shapes,
     conv_layers,

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Framework, Inference, Setting
 from fdconv_deploy.checkpoints.frequency_order import OrderReport, detect_order
 from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import training_size
 from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.loading import config_for, load_checkpoint
 from fdconv_deploy.checkpoints.reading import read_checkpoint
+from fdconv_deploy.checkpoints.settings import Framework, Inference, Setting
 from fdconv_deploy.checkpoints.state_dict import (
     Kind,
     Layer,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
-from fdconv_deploy.checkpoints.evidence import Inference
 from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, digest_of, read_checkpoint
+from fdconv_deploy.checkpoints.settings import Inference
 from fdconv_deploy.checkpoints.state_dict import SAVED_BUFFERS, dynamic_names, in_openmmlab_names
 from fdconv_deploy.config import DetectorConfig, SegmentorConfig
 from fdconv_deploy.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.evidence import Framework
+from fdconv_deploy.checkpoints.settings import Framework
 from fdconv_deploy.config import AttentionNorm
 from fdconv_deploy.errors import CheckpointError
 from fdconv_deploy.nn.band_modulation import SavedMasks

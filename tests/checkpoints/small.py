@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.evidence import Inference
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.settings import Inference
 from fdconv_deploy.config import (
     HEAD_CONFIGS,
     DecodeHeadConfig,

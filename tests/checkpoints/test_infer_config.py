@@ -12,9 +12,9 @@ import torch
 from fdconv_deploy.checkpoints import read_checkpoint
 from fdconv_deploy.checkpoints.config_parser import Config, config_of, parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.evidence import Evidence
 from fdconv_deploy.checkpoints.infer_backbone import infer_backbone
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.settings import Evidence
 from fdconv_deploy.checkpoints.state_dict import backbone_prefix, part
 from fdconv_deploy.config import FDConvConfig, ResNetConfig
 from fdconv_deploy.errors import CheckpointError

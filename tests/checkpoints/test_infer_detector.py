@@ -19,8 +19,8 @@ from fdconv_deploy.checkpoints import (
 )
 from fdconv_deploy.checkpoints.config_parser import Config, parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.evidence import Inference
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.settings import Inference
 from fdconv_deploy.config import (
     BoxCoderConfig,
     BoxHeadConfig,

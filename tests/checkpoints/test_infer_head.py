@@ -14,8 +14,8 @@ from torch import Tensor
 from fdconv_deploy.checkpoints import inspect_checkpoint, load_checkpoint, read_checkpoint
 from fdconv_deploy.checkpoints.config_parser import parse_config
 from fdconv_deploy.checkpoints.config_writer import format_config
-from fdconv_deploy.checkpoints.evidence import Inference, Setting
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.settings import Inference, Setting
 from fdconv_deploy.config import DecodeHeadConfig, HeadType, UPerHeadConfig
 from fdconv_deploy.demo import packaged_checkpoint
 from fdconv_deploy.errors import CheckpointError
