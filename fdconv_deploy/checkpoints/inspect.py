@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from fdconv_deploy.checkpoints.attention_stability import AttentionStability, attention_stability
 from fdconv_deploy.checkpoints.config_parser import Config
@@ -40,19 +38,15 @@ from fdconv_deploy.config import (
     AnyBackboneConfig,
     BackboneConfig,
     DetectorConfig,
-    QueryHeadConfig,
-    ResNetConfig,
     SegmentorConfig,
 )
-from fdconv_deploy.errors import CheckpointError, ImageError, UnsupportedLayerError
-from fdconv_deploy.nn import Segmentor
-from fdconv_deploy.nn.backbones import build_backbone
+from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 
 _FDCONV_PARTS = ("dft_weight", "KSM_Global", "KSM_Local", "FBM")
 
 
 class LayerReport(BaseModel):
-    """One convolution. Byte counts are of float32; ``macs`` is None where no size is known."""
+    """One convolution. Byte counts are of float32."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,7 +58,6 @@ class LayerReport(BaseModel):
     kernel_num: int | None
     parameters: int
     spectrum_bytes: int
-    macs: int | None
 
 
 class Report(BaseModel):
@@ -76,12 +69,8 @@ class Report(BaseModel):
         kind: what network it is of.
         framework: whose names its tensors have.
         dynamic_layers: how many FDConv layers it has; 0 for a plain network.
-        size: (height, width) in pixels that ``macs`` is for.
         parameters: trained numbers by part, and ``total``.
         fdconv_parameters: those of the FDConv layers by what they do.
-        macs: multiply-adds per image, by part; None where the network cannot be built. Of a ResNet
-            with a convolutional head those of convolutions: the backbone's are ``main``, and what
-            FDConv adds to them is under its own names. Of other networks all, attention included.
         spectrum_bytes: of all stored spectra, float32.
         published_buffer_bytes: what the published code holds beside the weights: the bin
             order as int64 and the band masks.
@@ -111,10 +100,8 @@ class Report(BaseModel):
     dynamic_layers: int
     tensors: int
     dtypes: tuple[str, ...]
-    size: tuple[int, int]
     parameters: dict[str, int]
     fdconv_parameters: dict[str, int]
-    macs: dict[str, int] | None
     spectrum_bytes: int
     published_buffer_bytes: int
     architecture: SegmentorConfig | None = None
@@ -148,7 +135,6 @@ class Report(BaseModel):
 def inspect_checkpoint(
     path: str | Path,
     config: str | Path | Config | None = None,
-    size: tuple[int, int] = (512, 512),
     *,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
@@ -158,7 +144,6 @@ def inspect_checkpoint(
     Args:
         path: any file :func:`read_checkpoint` takes.
         config: a config file, by default the one in the checkpoint.
-        size: (height, width) in pixels to count multiply-adds for.
         overrides: fields that neither weights nor config determine, by dotted name.
         weights: the entry to take weights from.
 
@@ -172,7 +157,6 @@ def inspect_checkpoint(
         config=config_for(checkpoint, config),
         meta=checkpoint.meta,
         overrides=overrides,
-        size=size,
     )
     problem = report.problem
     if report.ready:
@@ -197,7 +181,6 @@ def report_on(
     config: Config | None = None,
     meta: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-    size: tuple[int, int] = (512, 512),
 ) -> Report:
     """:func:`inspect_checkpoint` for tensors at hand; tensors on the meta device do."""
     given_names, state = state, in_openmmlab_names(state)
@@ -221,8 +204,7 @@ def report_on(
     backbone: Any = (
         network if isinstance(network, BackboneConfig) else getattr(network, "backbone", None)
     )
-    macs, macs_by_part = _count_macs(state, layers, architecture, backbone, size)
-    reports = [_layer(state, layer, backbone, macs.get(layer.name)) for layer in layers]
+    reports = [_layer(state, layer, backbone) for layer in layers]
     spectra = sum(layer.spectrum_bytes for layer in reports)
     # The published code's row and column of every bin, int64 each, beside a spectrum of float32.
     buffers = 2 * spectra
@@ -236,13 +218,11 @@ def report_on(
         framework=framework_of(given_names),
         tensors=len(given_names),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})),
-        size=size,
         parameters=_parameters_by_part(state),
         fdconv_parameters={
             role: parameters({k: v for k, v in state.items() if f".{role}" in f".{k}"})
             for role in _FDCONV_PARTS
         },
-        macs=macs_by_part or None,
         spectrum_bytes=spectra,
         published_buffer_bytes=buffers,
         architecture=architecture,
@@ -274,9 +254,7 @@ def _refusal(kind: Kind, layers: Sequence[Layer]) -> str | None:
     return None
 
 
-def _layer(
-    state: Shapes, layer: Layer, backbone: BackboneConfig | None, macs: dict[str, int] | None
-) -> LayerReport:
+def _layer(state: Shapes, layer: Layer, backbone: BackboneConfig | None) -> LayerReport:
     # Where a layer's tensors do not show it, the network's configuration does.
     assumed = backbone.conv.param_ratio if backbone and backbone.conv else 1
     ratio = layer.param_ratio or assumed
@@ -289,7 +267,6 @@ def _layer(
         kernel_num=layer.attentions // ratio if layer.dynamic else None,
         parameters=parameters(part(state, f"{layer.name}.")),
         spectrum_bytes=ratio * layer.kept_bins * 2 * 4 if layer.dynamic else 0,
-        macs=None if macs is None else sum(macs.values()),
     )
 
 
@@ -304,69 +281,6 @@ def _parameters_by_part(state: Shapes) -> dict[str, int]:
     return {name: parameters(tensors) for name, tensors in parts.items()} | {
         "total": parameters(state)
     }
-
-
-@torch.no_grad()
-def _count_macs(
-    state: Shapes,
-    layers: Sequence[Layer],
-    architecture: SegmentorConfig | None,
-    backbone: BackboneConfig | None,
-    size: tuple[int, int],
-) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Multiply-adds of all that runs at inference, counted in a run without data.
-
-    One is a multiplication and an addition together, as the paper's tables count: transforms and
-    element-wise products are not in them.
-
-    Returns:
-        Of each layer those of its own convolution, ``main``, and of what makes the kernel and
-        modulates; and by part with a total. Of a ResNet with a convolutional head those of
-        convolutions; of networks with attention, of which these are the smaller part, those of
-        matrix products, too, and none of layers. Both empty where nothing can be built.
-    """
-    if backbone is None:
-        return {}, {}
-    network: nn.Module
-    try:
-        with torch.device("meta"):
-            if architecture is None:
-                network, prefix = build_backbone(backbone), backbone_prefix(state)
-            else:
-                changes = {"auxiliary_head": None}
-                network, prefix = Segmentor(architecture.model_copy(update=changes)), ""
-            image = torch.empty(1, backbone.in_channels, *size)
-        with FlopCounterMode(display=False) as counter:
-            network.requires_grad_(False).eval()(image)
-    except (UnsupportedLayerError, ImageError):  # ImageError: MaskDINO of few tokens
-        return {}, {}
-    flops, kind = counter.get_flop_counts(), type(network).__name__
-    queries = architecture is not None and isinstance(architecture.decode_head, QueryHeadConfig)
-    if queries or not isinstance(backbone, ResNetConfig):
-        names = {f"{kind}.backbone": "backbone", f"{kind}.decode_head": "decode_head"}
-        parts = {
-            part: sum(flops[name].values()) // 2 for name, part in names.items() if name in flops
-        }
-        total = sum(flops[kind].values()) // 2
-        return {}, (parts or {"backbone": total}) | {"total": total}
-    counts = {
-        name.partition(".")[2]: found[torch.ops.aten.convolution] // 2
-        for name, found in flops.items()
-        if torch.ops.aten.convolution in found
-    }
-    macs: dict[str, dict[str, int]] = {}
-    totals = dict.fromkeys(("main", *_FDCONV_PARTS[1:]), 0)
-    for layer in layers:
-        name = layer.name.removeprefix(prefix)
-        if name not in counts:
-            continue
-        added = {role: counts.get(f"{name}.{role}", 0) for role in _FDCONV_PARTS[1:]}
-        main = counts[name] - sum(added.values())
-        macs[layer.name] = {"main": main} | (added if layer.dynamic else {})
-        for role, count in macs[layer.name].items():
-            place = "decode_head" if layer.name.startswith("decode_head.") else role
-            totals[place] = totals.get(place, 0) + count
-    return macs, totals | {"total": sum(totals.values())} if macs else {}
 
 
 def export_command(
@@ -506,7 +420,7 @@ def _layers(layers: Sequence[LayerReport]) -> Table:
     shared = first if all(layer.name.startswith(first) for layer in layers) else ""
     table = _table(f"FDConv layers of {shared[:-1]}" if shared else "FDConv layers")
     table.add_column("layer", overflow="fold")
-    for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum", "MMAC"):
+    for column in ("in", "out", "kernel", "kernel_num", "parameters", "spectrum"):
         table.add_column(column, justify="right")
     for layer in layers:
         table.add_row(
@@ -517,32 +431,20 @@ def _layers(layers: Sequence[LayerReport]) -> Table:
             str(layer.kernel_num),
             f"{layer.parameters:,}",
             f"{layer.spectrum_bytes / 1e6:.2f} MB",
-            "" if layer.macs is None else f"{layer.macs / 1e6:,.1f}",
         )
     return table
 
 
 def _sizes(report: Report) -> Table:
-    height, width = report.size
     table = _table("Sizes")
     table.add_column("part")
     table.add_column("parameters", justify="right")
-    macs = report.macs or {}
-    if macs:
-        table.add_column(f"GMAC at {height}×{width}", justify="right")
-    inside = {"main", *report.fdconv_parameters} if report.dynamic_layers else {"main"}
-    names = dict.fromkeys([*report.parameters, *macs, *sorted(inside - {"main"})])
-    for name in [*(n for n in names if n != "total"), "total"]:
-        count = report.parameters.get(name, report.fdconv_parameters.get(name))
-        if count is None and name not in macs:
-            continue
-        shown = "convolutions of the backbone" if name == "main" else name
-        table.add_row(
-            f"  {shown}" if name in inside else shown,
-            "" if count is None else f"{count:,}",
-            *([f"{macs[name] / 1e9:,.3f}" if name in macs else ""] if macs else []),
-            style="bold" if name == "total" else None,
-        )
+    parts = dict(report.parameters)
+    total = parts.pop("total")
+    inside = report.fdconv_parameters if report.dynamic_layers else {}
+    for name, count in [*parts.items(), *((f"  {name}", n) for name, n in inside.items())]:
+        table.add_row(name, f"{count:,}")
+    table.add_row("total", f"{total:,}", style="bold")
     if report.dynamic_layers:
         table.add_row("spectra", f"{report.spectrum_bytes / 1e6:,.1f} MB")
         published = f"{report.published_buffer_bytes / 1e6:,.1f} MB"

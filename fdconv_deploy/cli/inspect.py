@@ -33,7 +33,7 @@ def inspect(
 
     Exits with 1 if its network is not understood. (A plain network is, though export refuses it.)
     """
-    pixels = parse_size(size) if size else (512, 512)
+    pixels = parse_size(size) if size else None
     overrides = parse_settings(settings)
     require_files(checkpoint, config)
 
@@ -41,12 +41,10 @@ def inspect(
     from fdconv_deploy.checkpoints.inspect import export_command, render
 
     with Console(stderr=True).status("reading", spinner="dots"):
-        report = inspect_checkpoint(
-            checkpoint, config=config, size=pixels, overrides=overrides, weights=weights
-        )
+        report = inspect_checkpoint(checkpoint, config, overrides=overrides, weights=weights)
     given = [] if config is None else ["--config", str(config)]
     given += [word for setting in settings or [] for word in ("--set", setting)]
-    command = export_command(report, given, pixels if size else None)
+    command = export_command(report, given, pixels)
     report = report.model_copy(update={"command": command})
     if as_json:
         print(report.model_dump_json(indent=2))

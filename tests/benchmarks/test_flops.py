@@ -40,7 +40,7 @@ def test_by_hand():
     )
 
 
-@pytest.mark.parametrize("size", ["800x1280", "512x512"])
+@pytest.mark.parametrize("size", ["800x1280", "512x512", "512x1024"])
 def test_the_published_network(oracle, size):
     expected = json.loads((oracle / "backbone" / "flops.json").read_text())[size]
     shape = (1, 3, *(int(side) for side in size.split("x")))

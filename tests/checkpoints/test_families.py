@@ -314,10 +314,6 @@ def test_inspect_finds_it_ready(oracle: Path, family: str) -> None:
     dynamic = sum(layer.dynamic for layer in conv_layers(state))
     assert report.dynamic_layers == dynamic
     assert dynamic == len(index_of(oracle, family, "fdconv")["fdconv_layers"])
-    assert report.macs is not None
-    total = report.macs.pop("total")
-    assert total == sum(report.macs.values()) > 0
-    assert ("decode_head" in report.macs) == (family in SEGMENTORS)
 
 
 def test_loader_by_kind(oracle: Path) -> None:
