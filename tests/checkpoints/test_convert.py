@@ -29,7 +29,7 @@ from fdconv_deploy.errors import CheckpointError, UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d, ResNet
 from fdconv_deploy.nn.detection import Detector
 from fdconv_deploy.nn.fdconv import dynamic_layers
-from tests.checkpoints.test_infer_detector import small
+from tests.checkpoints.test_detectors import small
 from tests.reference.lively import error
 
 NAMES = ("resnet_torchvision_style", "resnet_state_dict_wrapped", "mit_mmseg", "vit_mmseg")
