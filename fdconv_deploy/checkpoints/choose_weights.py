@@ -82,20 +82,6 @@ _METRIC = re.compile(
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The network that is taken, and what is not.
-
-    ``tensors`` has names without prefixes → tensors, records of them, or pickled numpy arrays;
-    ``others`` names by which other networks can be chosen; ``dropped`` phrases about what else is
-    in the file, and about prefixes that were taken off.
-    """
-
-    tensors: dict[str, Any]
-    others: tuple[str, ...]
-    dropped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Network:
     """One network's part of a state dict.
 
@@ -127,14 +113,20 @@ class _Network:
         )
 
 
-def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = None) -> Chosen:
+def choose_weights(
+    path: Path, content: Mapping[Any, Any], wanted: str | None = None
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
     """Find the networks in a file and take one.
 
     Of several, trained weights go before averaged ones and a teacher, ``state_dict`` before other
     entries, a network with FDConv layers before one without, and then the one of most tensors.
+    ``wanted`` names the entry (``state_dict_ema``), the prefix (``teacher``) or both to take
+    instead.
 
-    ``wanted`` names the entry (``state_dict_ema``), the prefix (``teacher``) or both
-    (``state_dict.teacher``) to take instead.
+    Returns:
+        Names without prefixes → tensors, records of them, or pickled numpy arrays; names by which
+        other networks can be chosen; phrases about what else is in the file and about prefixes
+        that were taken off.
     """
     entries = _entries(content)
     if not entries:
@@ -143,16 +135,15 @@ def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = 
     networks.sort(key=lambda network: network.rank)
     # The shortest name that chooses a network and no earlier one.
     names: list[str] = []
-    before: tuple[set[str], set[str]] = {""}, {""}
+    entries_before, roots_before = {""}, {""}
     for network in networks:
-        options = list(zip((network.entry, network.root), before, strict=True))
-        names.append(next((name for name, used in options if name not in used), network.name))
-        for name, used in options:
-            used.add(name)
+        own = network.name if network.root in roots_before else network.root
+        names.append(own if network.entry in entries_before else network.entry)
+        entries_before.add(network.entry)
+        roots_before.add(network.root)
     chosen = 0
     if wanted is not None:
-        known = [{name, n.entry, n.root, n.name} for name, n in zip(names, networks, strict=True)]
-        fitting = [index for index, ways in enumerate(known) if wanted in ways]
+        fitting = [i for i, n in enumerate(networks) if wanted in (n.entry, n.root, n.name)]
         if not fitting:
             error = CheckpointError(
                 f"{path} has no weights under {wanted!r}; it has: {', '.join(names)}."
@@ -166,7 +157,7 @@ def choose_weights(path: Path, content: Mapping[Any, Any], wanted: str | None = 
     tensors, left = _tensors(path, network)
     others = (*names[:chosen], *names[chosen + 1 :])
     prefix = [f"the prefix {network.root + '.'!r} of its names"] if network.root else []
-    return Chosen(tensors, others, (*beside, *left, *network.dropped, *prefix))
+    return tensors, others, (*beside, *left, *network.dropped, *prefix)
 
 
 # State dicts in a file

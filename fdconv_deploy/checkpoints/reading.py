@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -103,24 +104,25 @@ def read_checkpoint(path: str | Path, *, weights: str | None = None) -> Checkpoi
             content = file.mapping()
             meta = plain(as_mapping(content.get("meta"))) or {}
             layout = _format(content, meta)
-    chosen = choose_weights(path, content, weights)
-    records = {k: v for k, v in chosen.tensors.items() if isinstance(v, TensorRecord)}
-    state = dict(file.read(records)) if file is not None else {}
-    for name, value in chosen.tensors.items():
-        if isinstance(value, Tensor):
-            state[name] = value.detach()
-        elif name not in state:
-            state[name] = _from_array(path, name, value)
-    state = {name: state[name] for name in chosen.tensors}  # in the file's order
+    tensors, others, dropped = choose_weights(path, content, weights)
+    records = {k: v for k, v in tensors.items() if isinstance(v, TensorRecord)}
+    read = file.read(records) if file is not None else {}
+    state = {
+        name: read[name] if name in read else _at_hand(path, name, value)
+        for name, value in tensors.items()
+    }
     if layout == "DeepSpeed" and not any(tensor.numel() for tensor in state.values()):
         raise CheckpointError(
             f"{path} holds names without weights: DeepSpeed's stage 3 keeps them in the other "
             "files of its folder. Gather them with the zero_to_fp32.py that lies there."
         )
-    return Checkpoint(state, meta, layout, chosen.dropped, chosen.others, path)
+    return Checkpoint(state, meta, layout, dropped, others, path)
 
 
-def _from_array(path: Path, name: str, value: Any) -> Tensor:
+def _at_hand(path: Path, name: str, value: Any) -> Tensor:
+    """A tensor that was read already, or made of a pickled array."""
+    if isinstance(value, Tensor):
+        return value.detach()
     array = as_array(value)
     assert array is not None
     try:
@@ -339,19 +341,15 @@ class PickledFile:
     def _storage(
         self, file: zipfile.ZipFile | IO[bytes], storage: StorageRecord, dtype: torch.dtype
     ) -> Tensor:
-        size = self._stored(storage)
-        flat = torch.empty(size, dtype=torch.uint8)
-        target: Any = flat.numpy()
+        flat = torch.empty(self._stored(storage), dtype=torch.uint8)
+        source: Any = file
         if storage.content is not None:
-            target[:] = np.frombuffer(storage.content, np.uint8)
-            count = size
+            source = BytesIO(storage.content)
         elif isinstance(file, zipfile.ZipFile):
-            with file.open(f"{self._folder}data/{storage.key}") as entry:
-                count = entry.readinto(target)  # type: ignore[attr-defined]
+            source = file.open(f"{self._folder}data/{storage.key}")
         else:
             file.seek(self._places[storage.key][0])
-            count = file.readinto(target)  # type: ignore[attr-defined]
-        if count != size:
+        if source.readinto(flat.numpy()) != len(flat):
             raise DamagedPickleError("it ends within a tensor")
         swapped = self._swapped if storage.content is None else storage.swapped
         if swapped and dtype.itemsize > 1:

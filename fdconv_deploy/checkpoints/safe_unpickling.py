@@ -476,9 +476,8 @@ def _tensor(
     """The record of a tensor; None for a view that negates or conjugates (``metadata``)."""
     if metadata or dtype is None or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         return None
-    if not all(map(_is_count, (offset, *shape, *stride))):
-        return None
-    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+    fits = len(shape) == len(stride) <= MAX_DIMENSIONS
+    if not fits or not all(map(_is_count, (offset, *shape, *stride))):
         return None
     if math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
         return None
@@ -632,8 +631,8 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> bool:
     Of objects whose ids are ``seen`` it is known that there is none; those of ``value`` are added.
     """
     return any(
-        isinstance(part, (TensorRecord, StorageRecord))
-        or as_array(part) is not None
+        is_tensor(part)
+        or isinstance(part, StorageRecord)
         or (isinstance(part, Name) and part.module == "torch._utils")  # rebuilds one without data
         for part in _parts(value, set() if seen is None else seen)
     )
