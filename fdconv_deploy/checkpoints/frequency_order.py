@@ -13,7 +13,7 @@ Mirror bins have equal radii, so which of them lie in one group is just what ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -268,7 +268,10 @@ def order_of_weights(state: Shapes) -> WeightEvidence:
     if not stored:
         what = "they store kernels, not spectra" if dynamic else "there is no FDConv layer"
         return WeightEvidence(order=None, reason=f"The weights do not show the order: {what}.")
-    found = {name: _pairs(state, stored, name) for name in CANDIDATES}
+    found = {
+        name: _Pairs(*map(np.concatenate, zip(*_pairs(state, stored, name), strict=True)))
+        for name in CANDIDATES
+    }
     types = {state[f"{layer.name}.dft_weight"].dtype for layer in stored}
     return _judge(
         found,
@@ -349,38 +352,32 @@ def _judge(found: Mapping[NamedOrder, _Pairs], *, whole: bool, precision: float)
     )
 
 
-def _pairs(state: Shapes, layers: Sequence[Layer], order: NamedOrder) -> _Pairs:
-    found = [pairs for layer in layers for pairs in _pairs_of(state, layer, order)]
-    distances, splits = zip(*found, strict=True)
-    return _Pairs(np.concatenate(distances), np.concatenate(splits))
-
-
-def _pairs_of(state: Shapes, layer: Layer, order: NamedOrder) -> list[_Pairs]:
+def _pairs(state: Shapes, layers: Sequence[Layer], order: NamedOrder) -> Iterator[_Pairs]:
     """Of each plane: relative distances of mirror pairs, and whether they are in two groups."""
-    stored = state[f"{layer.name}.dft_weight"]
-    rows, columns, kept = layer.rows, layer.columns, layer.kept_bins
-    half = columns // 2 + 1
-    ranking = bin_order(rows, columns, order)[:kept]
-    rank = torch.full((rows * half,), -1, dtype=torch.int64)
-    rank[ranking] = torch.arange(kept)
-    upper = torch.arange(1, (rows + 1) // 2)
-    # Column 0 and, of an even number of columns, the Nyquist column.
-    mirrored = (0,) if columns % 2 else (0, half - 1)
-    bins = torch.cat([upper * half + column for column in mirrored])
-    mirrors = torch.cat([(rows - upper) * half + column for column in mirrored])
-    both = (rank[bins] >= 0) & (rank[mirrors] >= 0)
-    ratio = layer.param_ratio or 1
-    size = kept // (layer.attentions // ratio)
-    split = (both & (rank[bins] // size != rank[mirrors] // size)).numpy()
-    if stored.ndim == 3:  # a cut spectrum is stored by rank, a whole one by place
-        bins, mirrors = rank[bins], rank[mirrors]
-    result = []
-    for plane in torch.view_as_complex(stored.detach().double().reshape(ratio, -1, 2).contiguous()):
-        one, other = plane[bins], plane[mirrors].conj()
-        sizes = (one.abs() + other.abs()) / 2
-        # A bin that happens to be tiny is measured by what is usual.
-        usual = float(plane.abs().median())
-        distance = (one - other).abs() / sizes.clamp_min(0.1 * usual + 1e-30)
-        # A pair that is not stored says nothing: it counts as mirrored and in one group.
-        result.append(_Pairs(torch.where(both, distance, 0.0).numpy(), split))
-    return result
+    for layer in layers:
+        stored = state[f"{layer.name}.dft_weight"]
+        rows, columns, kept = layer.rows, layer.columns, layer.kept_bins
+        half = columns // 2 + 1
+        ranking = bin_order(rows, columns, order)[:kept]
+        rank = torch.full((rows * half,), -1, dtype=torch.int64)
+        rank[ranking] = torch.arange(kept)
+        upper = torch.arange(1, (rows + 1) // 2)
+        # Column 0 and, of an even number of columns, the Nyquist column.
+        mirrored = (0,) if columns % 2 else (0, half - 1)
+        bins = torch.cat([upper * half + column for column in mirrored])
+        mirrors = torch.cat([(rows - upper) * half + column for column in mirrored])
+        both = (rank[bins] >= 0) & (rank[mirrors] >= 0)
+        ratio = layer.param_ratio or 1
+        size = kept // (layer.attentions // ratio)
+        split = (both & (rank[bins] // size != rank[mirrors] // size)).numpy()
+        if stored.ndim == 3:  # a cut spectrum is stored by rank, a whole one by place
+            bins, mirrors = rank[bins], rank[mirrors]
+        planes = stored.detach().double().reshape(ratio, -1, 2).contiguous()
+        for plane in torch.view_as_complex(planes):
+            one, other = plane[bins], plane[mirrors].conj()
+            sizes = (one.abs() + other.abs()) / 2
+            # A bin that happens to be tiny is measured by what is usual.
+            usual = float(plane.abs().median())
+            distance = (one - other).abs() / sizes.clamp_min(0.1 * usual + 1e-30)
+            # A pair that is not stored says nothing: it counts as mirrored and in one group.
+            yield _Pairs(torch.where(both, distance, 0.0).numpy(), split)
