@@ -231,11 +231,10 @@ def _described(
             raise
         return None, str(error)
     if isinstance(network, BackboneConfig):
-        network = backbone = network.model_copy(update={"conv": conv})
-    else:
-        backbone = network.backbone.model_copy(update={"conv": conv})
-        network = network.model_copy(update={"backbone": backbone})
-    return backbone, format_config(network)
+        backbone = network.model_copy(update={"conv": conv})
+        return backbone, format_config(backbone)
+    backbone = network.backbone.model_copy(update={"conv": conv})
+    return backbone, format_config(network.model_copy(update={"backbone": backbone}))
 
 
 def convert_state_dict(
@@ -385,14 +384,11 @@ def _is_large(weight: Tensor, threshold: int, kernels: Collection[int]) -> bool:
 def _feed_forward(state_dict: Mapping[str, Tensor]) -> frozenset[str]:
     """Weights of the feed-forward networks of a MiT, Swin or ConvNeXt that is all there."""
     prefix = backbone_prefix(state_dict)
-    backbone = part(state_dict, prefix)
-    pattern = FEED_FORWARD.get(backbone_type(backbone))
+    pattern = FEED_FORWARD.get(backbone_type(part(state_dict, prefix)))
     if pattern is None:
         return frozenset()
-    weights = (key for key in backbone if key.endswith(".weight"))
-    return frozenset(
-        f"{prefix}{k}" for k in weights if pattern.fullmatch(k.removesuffix(".weight"))
-    )
+    named = re.compile(rf"{re.escape(prefix)}(?:{pattern.pattern})\.weight")
+    return frozenset(filter(named.fullmatch, state_dict))
 
 
 def _known_to(state_dict: Mapping[str, Tensor]) -> frozenset[str]:

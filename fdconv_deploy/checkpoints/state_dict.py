@@ -19,15 +19,9 @@ Kind = Literal["segmentor", "detector", "classifier", "backbone", "unknown"]
 Shapes = Mapping[str, Tensor]
 
 _DETECTOR = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "panoptic_head.")
-_BACKBONES = tuple(
-    f"{owner}{name}"
-    for owner in (".", ".backbone.")
-    for name in (
-        "layer1.0.",
-        "layers.0.0.projection.",
-        "patch_embed.projection.",
-        "downsample_layers.0.",
-    )
+_BACKBONE_NAME = re.compile(
+    r"(?:backbone\.)?(?:layer1\.0|layers\.0\.0\.projection|patch_embed\.projection"
+    r"|downsample_layers\.0)\."
 )
 _DYNAMIC = ".KSM_Global.fc.weight"
 _BANDS = "FBM.freq_weight_conv_list."
@@ -95,7 +89,7 @@ def kind_of(state: Shapes) -> Kind:
         return "segmentor"
     if any(key.startswith(_DETECTOR) for key in state):
         return "detector"
-    if any(f".{key}".startswith(_BACKBONES) for key in state):
+    if any(map(_BACKBONE_NAME.match, state)):
         heads = ("fc.", "head.", "cls_head.")
         return "classifier" if any(key.startswith(heads) for key in state) else "backbone"
     return "unknown"
@@ -366,14 +360,10 @@ _BACKBONE: list[Rename] = [
 
 
 def backbone_from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a ResNet's or a Swin's tensors; a frozen BatchNorm gets the counter that others have.
+    """Rename a ResNet's or a Swin's tensors, of names without ``backbone.``.
 
-    They compute the same: a frozen BatchNorm is one in evaluation, kept inside its convolution, and
-    Swin differs in the order of merged patches, `SwinTransformerConfig.merging`.
-
-    Args:
-        state: names without ``backbone.``, as ``res2.0.conv1.weight`` and
-            ``layers.0.blocks.0.mlp.fc1.weight``.
+    They compute the same: a frozen BatchNorm, which gets the counter that others have, is one in
+    evaluation; Swin differs in the order of merged patches, `SwinTransformerConfig.merging`.
     """
     renamed = _renamed(state, _BACKBONE)
     for name in [name for name in renamed if name.endswith(".running_var")]:
@@ -420,14 +410,10 @@ _PREDICTOR: list[Rename] = [(r"^input_proj\.", "decoder_input_projs.")]
 
 
 def head_from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a head's tensors.
+    """Rename a head's tensors, of names without ``sem_seg_head.``.
 
-    The pixel decoder and Mask2Former's decoder get mmdetection's names; MaskDINO's decoder keeps
-    its own, of which the heads here have all.
-
-    Args:
-        state: names without ``sem_seg_head.``, as ``pixel_decoder.input_proj.0.0.weight`` and
-            ``predictor.query_feat.weight``; those of the pixel decoder may lack its name.
+    The pixel decoder, whose tensors may lack its name, and Mask2Former's decoder get mmdetection's
+    names; MaskDINO's decoder keeps its own, of which the heads here have all.
     """
     predictor = part(state, "predictor.")
     pixels = {key: value for key, value in state.items() if not key.startswith("predictor.")}
