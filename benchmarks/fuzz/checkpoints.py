@@ -189,8 +189,8 @@ def _configs() -> dict[str, bytes]:
 
 def read_config_file(path: Path) -> None:
     """The config beside the packaged network's shapes, as ``fdconv inspect --config``."""
-    from fdconv_deploy.checkpoints.config_parser import read_config
     from fdconv_deploy.checkpoints.inspect import report_on
+    from fdconv_deploy.checkpoints.loading import read_config
 
     _show(report_on(_shapes(), config=read_config(path)))
 

@@ -14,12 +14,8 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
-from fdconv_deploy.checkpoints.detectron2_config import in_openmmlab_sections
 from fdconv_deploy.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
@@ -65,6 +61,61 @@ class _UnreadableError(Exception):
     """Why an expression, or an inner one that it depends on, could not be read."""
 
 
+UNSET: Any = object()
+
+
+class Section(dict[str, Any]):
+    """A dict in a config; empty in place of what is none."""
+
+    def __init__(self, values: Any = None) -> None:
+        super().__init__(values if isinstance(values, Mapping) else {})
+
+    @property
+    def type(self) -> str:
+        """Its ``type`` without the module; empty if it is not there."""
+        value = self.get("type")
+        return value.rpartition(".")[2] if isinstance(value, str) else ""
+
+    def section(self, *path: str) -> Section:
+        """The dict at ``path``, e.g. ``("model", "backbone")``; empty if there is none."""
+        found = self
+        for name in path:
+            found = Section(found.get(name))
+        return found
+
+    def stated(self, *names: str) -> Any:
+        """The value under the first of ``names`` there is; UNSET if none could be read.
+
+        A name may be a dotted path to an inner section's entry.
+        """
+        for path in names:
+            *inner, name = path.split(".")
+            owner = self.section(*inner)
+            if name in owner:
+                value = owner[name]
+                entries = value if isinstance(value, (list, tuple)) else (value,)
+                return UNSET if any(isinstance(entry, Unreadable) for entry in entries) else value
+        return UNSET
+
+    def refuse_others(self, name: str, *types: str, **expected: Any) -> None:
+        """Refuse another type than ``types``, and settings of what is built in one way only.
+
+        ``name`` is what an error calls this section.
+        """
+        if types and self.type and self.type not in types:
+            raise CheckpointError(
+                f"The config's {name} is a {self.type}. Expected {' or '.join(types)}; others are "
+                "not supported yet."
+            )
+        for setting, only in expected.items():
+            value = self.stated(setting)
+            if value is not UNSET and value != only:
+                raise CheckpointError(
+                    f"The config's {name} has {setting}={str(value)[:60]}. Expected {only!r}; "
+                    "anything else is not supported yet."
+                )
+
+
 @dataclass(frozen=True)
 class Config:
     """A config's values, and sentences about what of it could not be read.
@@ -75,12 +126,9 @@ class Config:
     values: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def section(self, *path: str) -> dict[str, Any]:
-        """The dict at ``path``, e.g. ``("model", "backbone")``; empty if there is none."""
-        value: Any = self.values
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        return value if isinstance(value, dict) else {}
+    def section(self, *path: str) -> Section:
+        """As :meth:`Section.section`."""
+        return Section(self.values).section(*path)
 
 
 def config_of(meta: Mapping[str, Any]) -> Config | None:
@@ -88,36 +136,10 @@ def config_of(meta: Mapping[str, Any]) -> Config | None:
     for name in ("cfg", "config"):
         value = meta.get(name)
         if isinstance(value, dict):
-            return _given(value, f"meta[{name!r}]")
+            return given_config(value, f"meta[{name!r}]")
         if isinstance(value, str) and value.strip():
             return parse_config(value, name=f"meta[{name!r}]")
     return None
-
-
-def read_config(path: str | Path) -> Config:
-    """Read a ``.py`` or ``.json`` config file, or detectron2's ``.yaml``, without running it.
-
-    Raises:
-        CheckpointError: no such file, not UTF-8 text, or another kind of file.
-    """
-    path = Path(path)
-    readers = {".py": parse_config, ".json": _json, ".yaml": _yaml, ".yml": _yaml}
-    if path.suffix not in readers:
-        raise CheckpointError(
-            f"{path} is not a config: expected a .py or .json file of OpenMMLab's, or the "
-            "config.yaml of detectron2's."
-        )
-    try:
-        large = path.stat().st_size > MAX_BYTES
-        text = "" if large else path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CheckpointError(
-            f"{path} cannot be read: {why}. Expected a .py, .json or .yaml config file."
-        ) from None
-    if large:
-        raise _too_large(str(path))
-    return readers[path.suffix](text, str(path))
 
 
 def parse_config(text: str, name: str = "the config") -> Config:
@@ -128,10 +150,9 @@ def parse_config(text: str, name: str = "the config") -> Config:
     Raises:
         CheckpointError: the text is larger than 4 MiB or is JSON that is not an object.
     """
-    if len(text) > MAX_BYTES:
-        raise _too_large(name)
+    check_size(len(text), name)
     if text.lstrip().startswith("{"):
-        return _json(text, name)
+        return parse_json(text, name)
     reader = _Reader(name)
     for statement in _statements(text, reader):
         reader.read(statement)
@@ -139,8 +160,10 @@ def parse_config(text: str, name: str = "the config") -> Config:
     return Config(values, tuple(dict.fromkeys([*reader.notes, *_unreadable(values, name)])))
 
 
-def _too_large(name: str) -> CheckpointError:
-    return CheckpointError(f"{name} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
+def check_size(size: int, name: str) -> None:
+    """Refuse what is larger than any config."""
+    if size > MAX_BYTES:
+        raise CheckpointError(f"{name} is larger than {MAX_BYTES >> 20} MiB: not a config's text.")
 
 
 def printable(value: Any) -> Any:
@@ -157,108 +180,37 @@ def printable(value: Any) -> Any:
     return value
 
 
-def _json(text: str, name: str) -> Config:
+def parse_json(text: str, name: str) -> Config:
+    """Read a JSON object."""
     try:
         values = printable(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{name} is not a config: expected a JSON object {{…}} at the top.")
-    return _given(values, name)
+    return given_config(values, name)
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, to which every tag of Python's is a value that could not be read."""
-
-
-def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Unreadable:
-    return Unreadable(f"its tag !!python/{suffix} is code", node.start_mark.line + 1)
-
-
-_YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
-
-
-def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """The number of values in a node where every alias is written out."""
-    if node not in known:
-        known[node] = 1  # where a node holds itself
-        inside = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            inside = [one for pair in inside for one in pair]
-        known[node] = 1 + sum(_written_out(one, known) for one in inside)
-    return known[node]
-
-
-def _yaml(text: str, name: str) -> Config:
-    """detectron2's ``config.yaml``, where OpenMMLab's configs have its values."""
-    try:
-        loader = _YamlLoader(text)
-        node = loader.get_single_node()
-        # A few lines of aliases to aliases would fill any memory.
-        if node is not None and _written_out(node, {}) > MAX_ITEMS:
-            raise CheckpointError(
-                f"{name} repeats itself by aliases to more than {MAX_ITEMS:,} values. "
-                "Expected the config.yaml that training wrote into OUTPUT_DIR, of a few hundred."
-            )
-        values = None if node is None else printable(loader.construct_document(node))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        first = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{name} is not valid YAML: {first[0][:100] if first else type(error).__name__}."
-        ) from None
-    if not isinstance(values, dict) or not isinstance(values.get("MODEL"), dict):
-        raise CheckpointError(
-            f"{name} is no config of detectron2's: expected MODEL and its sections, as the "
-            "config.yaml has them that training writes into OUTPUT_DIR."
-        )
-    config = _given(values, name)
-    notes = list(config.notes)
-    if "_BASE_" in values:
-        notes.append(
-            f"{name} builds on {str(values['_BASE_'])[:80]}, which is not read; what that sets is "
-            "unknown here. Give the full config.yaml that training wrote into OUTPUT_DIR."
-        )
-    sections, resizes_first = in_openmmlab_sections(config.values)
-    if resizes_first:
-        notes.append(
-            f"{name} has SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: masks are resized to the image "
-            "before they become scores. Scores are made at the input's size here and then resized; "
-            "where the two sizes differ, labels at borders do."
-        )
-    return Config(sections, tuple(notes))
-
-
-def _given(values: dict[str, Any], name: str) -> Config:
+def given_config(values: dict[str, Any], name: str) -> Config:
     """A config whose values are there already."""
-    values = _bounded(values, {}, 0)
+    values = _bounded(values)
     return Config(values, tuple(_unreadable(values, name)))
 
 
-def _bounded(value: Any, known: dict[int, Any], depth: int) -> Any:
+def _bounded(value: Any, depth: int = 0) -> Any:
     """A copy of dicts, lists and tuples, in which giant integers are `Unreadable`.
 
     No setting needs more than 64 bits, and Python does not even print what has 4300 digits.
-    Shared containers stay shared, and may hold themselves: ``known`` has the copies by id.
     """
     if _is_giant(value):
         return Unreadable(_GIANT, 0)
     if not isinstance(value, (dict, list, tuple)):
         return value
-    if id(value) in known:
-        return known[id(value)]
     if depth > MAX_DEPTH:
         return Unreadable(_TOO_DEEP, 0)
-    if isinstance(value, tuple):
-        known[id(value)] = tuple(_bounded(item, known, depth + 1) for item in value)
-    elif isinstance(value, list):
-        items = known[id(value)] = []
-        items.extend(_bounded(item, known, depth + 1) for item in value)
-    else:
-        copy = known[id(value)] = {}
-        for key, item in value.items():
-            if not _is_giant(key):
-                copy[key] = _bounded(item, known, depth + 1)
-    return known[id(value)]
+    if isinstance(value, dict):
+        return {k: _bounded(item, depth + 1) for k, item in value.items() if not _is_giant(k)}
+    return type(value)(_bounded(item, depth + 1) for item in value)
 
 
 def _is_giant(value: Any) -> bool:

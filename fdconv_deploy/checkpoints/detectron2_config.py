@@ -6,22 +6,94 @@ becomes of a network's head is named as fields of :mod:`fdconv_deploy.config` ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from fdconv_deploy.checkpoints.config_parser import (
+    MAX_ITEMS,
+    Config,
+    Section,
+    Unreadable,
+    given_config,
+    printable,
+)
+from fdconv_deploy.errors import CheckpointError
 
 _BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "naiveSyncBN")
 
 
-def in_openmmlab_sections(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, to which every tag of Python's is a value that could not be read."""
+
+
+def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Unreadable:
+    return Unreadable(f"its tag !!python/{suffix} is code", node.start_mark.line + 1)
+
+
+_YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", _tagged)
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """The number of values in a node where every alias is written out."""
+    if node not in known:
+        known[node] = 1  # where a node holds itself
+        inside = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            inside = [one for pair in inside for one in pair]
+        known[node] = 1 + sum(_written_out(one, known) for one in inside)
+    return known[node]
+
+
+def parse_yaml(text: str, name: str) -> Config:
+    """detectron2's ``config.yaml``, where OpenMMLab's configs have its values."""
+    try:
+        loader = _YamlLoader(text)
+        node = loader.get_single_node()
+        # A few lines of aliases to aliases would fill any memory.
+        if node is not None and _written_out(node, {}) > MAX_ITEMS:
+            raise CheckpointError(
+                f"{name} repeats itself by aliases to more than {MAX_ITEMS:,} values. "
+                "Expected the config.yaml that training wrote into OUTPUT_DIR, of a few hundred."
+            )
+        values = None if node is None else printable(loader.construct_document(node))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{name} is not valid YAML: {first[0][:100] if first else type(error).__name__}."
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("MODEL"), dict):
+        raise CheckpointError(
+            f"{name} is no config of detectron2's: expected MODEL and its sections, as the "
+            "config.yaml has them that training writes into OUTPUT_DIR."
+        )
+    config = given_config(values, name)
+    notes = list(config.notes)
+    if "_BASE_" in values:
+        notes.append(
+            f"{name} builds on {str(values['_BASE_'])[:80]}, which is not read; what that sets is "
+            "unknown here. Give the full config.yaml that training wrote into OUTPUT_DIR."
+        )
+    sections, resizes_first = _in_openmmlab_sections(config.section())
+    if resizes_first:
+        notes.append(
+            f"{name} has SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: masks are resized to the image "
+            "before they become scores. Scores are made at the input's size here and then resized; "
+            "where the two sizes differ, labels at borders do."
+        )
+    return Config(sections, tuple(notes))
+
+
+def _in_openmmlab_sections(values: Section) -> tuple[dict[str, Any], bool]:
     """The values of a ``config.yaml``, of which any may be missing, where OpenMMLab has them.
 
     And whether semantic scores are made at the image's own size. With ``PANOPTIC_ON`` or
     ``INSTANCE_ON`` detectron2's projects always resize mask logits first, as segments and objects
     are made of them here, too.
     """
-    model, inputs = _Section(values.get("MODEL")), _Section(values.get("INPUT"))
+    model, inputs = values.section("MODEL"), values.section("INPUT")
     query = model.section("MaskDINO" if _is_maskdino(model) else "MASK_FORMER")
-    panoptic = _panoptic(query.section("TEST"), _Section(values.get("TEST")))
+    panoptic = _panoptic(query.section("TEST"), values.section("TEST"))
     asked = query.section("TEST").get("SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE") is True
     short, long = inputs.get("MIN_SIZE_TEST"), inputs.get("MAX_SIZE_TEST")
     resize = _known(type="Resize", keep_ratio=True, backend="pillow")
@@ -47,17 +119,7 @@ def in_openmmlab_sections(values: Mapping[str, Any]) -> tuple[dict[str, Any], bo
     return sections, asked and panoptic is None
 
 
-class _Section(dict[str, Any]):
-    """A section of which parts may be missing or something else."""
-
-    def __init__(self, values: Any) -> None:
-        super().__init__(values if isinstance(values, Mapping) else {})
-
-    def section(self, name: str) -> _Section:
-        return _Section(self.get(name))
-
-
-def _is_maskdino(model: _Section) -> bool:
+def _is_maskdino(model: Section) -> bool:
     return model.get("META_ARCHITECTURE") == "MaskDINO"
 
 
@@ -66,12 +128,12 @@ def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _same(section: _Section, *names: str) -> dict[str, Any]:
+def _same(section: Section, *names: str) -> dict[str, Any]:
     """The entries that are named as the fields are, in capitals."""
     return _known(**{name: section.get(name.upper()) for name in names})
 
 
-def _backbone(model: _Section) -> dict[str, Any]:
+def _backbone(model: Section) -> dict[str, Any]:
     name = str(model.section("BACKBONE").get("NAME", ""))
     if "Swin" in name:
         swin = model.section("SWIN")
@@ -100,7 +162,7 @@ def _backbone(model: _Section) -> dict[str, Any]:
     )
 
 
-def _head(model: _Section, query: _Section) -> dict[str, Any]:
+def _head(model: Section, query: Section) -> dict[str, Any]:
     """Mask2Former's or MaskDINO's head, by the names of `QueryHeadConfig`'s fields."""
     head, architecture = model.section("SEM_SEG_HEAD"), model.get("META_ARCHITECTURE")
     layers = query.get("DEC_LAYERS")
@@ -151,7 +213,7 @@ def _head(model: _Section, query: _Section) -> dict[str, Any]:
     return fields
 
 
-def _panoptic(test: _Section, tests: _Section) -> dict[str, Any] | None:
+def _panoptic(test: Section, tests: Section) -> dict[str, Any] | None:
     """`PanopticConfig`'s fields where segments or instances are asked for."""
     if not (test.get("PANOPTIC_ON") or test.get("INSTANCE_ON")):
         return None

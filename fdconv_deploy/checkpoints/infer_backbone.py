@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 
+from fdconv_deploy.checkpoints.config_parser import UNSET
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.settings import (
-    UNSET,
-    Evidence,
-    SettingResolver,
-    from_first,
-    refuse_unsupported,
-    stated,
-    type_of,
-)
+from fdconv_deploy.checkpoints.settings import Evidence, SettingResolver, from_first
 from fdconv_deploy.checkpoints.state_dict import (
     Layer,
     Shapes,
@@ -87,7 +80,7 @@ def infer_backbone(
     """
     _refuse_a_start(state)
     section = evidence.config.section("model", "backbone")
-    kind, written = backbone_type(state), type_of(section)
+    kind, written = backbone_type(state), section.type
     if written and kind not in written and evidence.overrides.get("backbone.type") != kind:
         raise CheckpointError(
             f"The config's backbone is a {written}, and the weights are named as a {kind}'s. Give "
@@ -95,13 +88,13 @@ def infer_backbone(
             f"{kind} does, set backbone.type={kind}."
         )
     norm = evidence.config.section("model", "decode_head", "norm_cfg")
-    refuse_unsupported("decode_head.norm_cfg", norm, *_BATCH_NORMS, eps=1e-5)
+    norm.refuse_others("decode_head.norm_cfg", *_BATCH_NORMS, eps=1e-5)
     if kind == "ResNet":
         return _resnet(state, evidence, stock)
     model, infer, epsilon = _KINDS[kind]
     norm, act = (evidence.config.section("model", "backbone", n) for n in ("norm_cfg", "act_cfg"))
-    refuse_unsupported("backbone.norm_cfg", norm, "LN", "LN2d", eps=epsilon)
-    refuse_unsupported("backbone.act_cfg", act, "GELU")
+    norm.refuse_others("backbone.norm_cfg", "LN", "LN2d", eps=epsilon)
+    act.refuse_others("backbone.act_cfg", "GELU")
     settings: Settings = SettingResolver(evidence, model, "backbone", section)
     infer(state, settings)
     conv, _ = infer_conv(conv_layers(state, FEED_FORWARD[kind]), settings)
@@ -149,7 +142,7 @@ def _mix_vision_transformer(state: Shapes, settings: Settings) -> None:
 
 
 def _swin_transformer(state: Shapes, settings: Settings) -> None:
-    refuse_unsupported("backbone", settings.section, qk_scale=None, use_abs_pos_embed=False)
+    settings.section.refuse_others("backbone", qk_scale=None, use_abs_pos_embed=False)
     blocks = _blocks(state, r"stages\.(\d+)\.blocks\.(\d+)\.")
     patch = _shape(state, _MARKS["SwinTransformer"], 4)
     firsts = [f"stages.{i}.blocks.0" for i in range(len(blocks))]
@@ -202,15 +195,15 @@ def _swin_transformer(state: Shapes, settings: Settings) -> None:
 
 
 def _convnext(state: Shapes, settings: Settings) -> None:
-    refuse_unsupported("backbone", settings.section, gap_before_final_norm=False, use_grn=False)
+    settings.section.refuse_others("backbone", gap_before_final_norm=False, use_grn=False)
     blocks = _blocks(state, r"stages\.(\d+)\.(\d+)\.")
     stem = _shape(state, _MARKS["ConvNeXt"], 4)
     later = [_shape(state, f"downsample_layers.{i}.1.weight", 4) for i in range(1, len(blocks))]
-    arch = stated(settings.section, "arch")
-    if isinstance(arch, Mapping):
-        depths, channels = stated(arch, "depths"), stated(arch, "channels")
-    else:
-        depths, channels = _CONVNEXT.get(str(arch), (UNSET, UNSET))
+    arch = settings.section.section("arch")
+    depths, channels = arch.stated("depths"), arch.stated("channels")
+    if not arch:
+        name = str(settings.section.stated("arch"))
+        depths, channels = _CONVNEXT.get(name, (UNSET, UNSET))
     settings.resolve("depths", config=depths, exact=tuple(blocks), source="names")
     widths = (stem[0], *(shape[0] for shape in later))
     settings.resolve("channels", config=channels, exact=widths, source="shapes")
@@ -277,7 +270,7 @@ def _norms(state: Shapes) -> tuple[int, ...]:
 
 def _outputs(settings: Settings, outputs: tuple[int, ...], stages: tuple[int, ...]) -> None:
     """``out_indices``: with a norm for each output, names tell; otherwise any stages may be."""
-    written = from_first(stated(settings.section, "out_indices"), len(stages))
+    written = from_first(settings.section.stated("out_indices"), len(stages))
     if isinstance(written, tuple) and all(isinstance(stage, int) for stage in written):
         written = tuple(sorted(written))
     told = settings.model in (SwinTransformerConfig, ConvNeXtConfig)
@@ -302,9 +295,9 @@ def _resnet(state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None) 
             "layer1.0.conv1 and so on, or those of a MixVisionTransformer, SwinTransformer or "
             f"ConvNeXt as OpenMMLab names them, found {names}."
         )
-    refuse_unsupported("backbone", section, dcn=None, plugins=None)
+    section.refuse_others("backbone", dcn=None, plugins=None)
     norm = evidence.config.section("model", "backbone", "norm_cfg")
-    refuse_unsupported("backbone.norm_cfg", norm, *_BATCH_NORMS, eps=1e-5)
+    norm.refuse_others("backbone.norm_cfg", *_BATCH_NORMS, eps=1e-5)
     blocks = _blocks(layers, _BLOCK, first=1)
     stages = len(blocks)
     bottleneck = "layer1.0.conv3" in layers
@@ -352,7 +345,7 @@ def _resnet(state: Shapes, evidence: Evidence, stock: Mapping[str, Any] | None) 
         )
     dilated = any(dilation > 1 for dilation in settings.values["dilations"])
     settings.resolve("contract_dilation", matters=dilated)
-    gridded = stated(section, "multi_grid") not in (UNSET, None)
+    gridded = section.stated("multi_grid") not in (UNSET, None)
     settings.resolve(
         "multi_grid",
         # Few networks have one, and it is no news that this one has none.
@@ -382,7 +375,7 @@ def _resnet_conv(
     scope = [
         la for la in layers.values() if la.name.startswith("stem.") or re.match(_BLOCK, la.name)
     ]
-    style = settings.evidence.overrides.get("backbone.style", stated(settings.section, "style"))
+    style = settings.evidence.overrides.get("backbone.style", settings.section.stated("style"))
     strides = settings.values["strides"][: settings.values["num_stages"]]
     # In each style, the names of the convolutions that have a stride above 1.
     strided = {

@@ -6,18 +6,11 @@ A detector's thresholds, which its config has as ``test_cfg``, are inferred with
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_parser import Config
-from fdconv_deploy.checkpoints.settings import (
-    CHECKPOINT_META,
-    UNSET,
-    Evidence,
-    SettingResolver,
-    stated,
-    type_of,
-)
+from fdconv_deploy.checkpoints.config_parser import UNSET, Config, Section
+from fdconv_deploy.checkpoints.settings import CHECKPOINT_META, Evidence, SettingResolver
 from fdconv_deploy.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, TestMode
 
 # Where configs have a dataset's names: mmengine's ``metainfo``, and mmcv 1.x's ``data``.
@@ -93,11 +86,11 @@ def _labels(name: str, evidence: Evidence) -> tuple[Any, str]:
 def _stated(name: str, evidence: Evidence) -> Iterator[tuple[Any, str]]:
     """All there is under that name, the checkpoint's meta first, and which of them has it."""
     own = evidence.meta.get("dataset_meta")
-    places = [(place, CHECKPOINT_META) for place in (own, evidence.meta)]
+    places = [(Section(place), CHECKPOINT_META) for place in (own, evidence.meta)]
     places += [(evidence.config.section(*path), "the config") for path in _DATASETS]
     for section, origin in places:
         for key in (name, name.upper()):
-            value = stated(section, key) if isinstance(section, Mapping) else UNSET
+            value = section.stated(key)
             if value is not UNSET and value is not None and str(value) not in ("", "[]", "()"):
                 yield value, origin
 
@@ -153,14 +146,14 @@ def infer_preprocessing(
     config = evidence.config
     steps = _steps(config)
     section = _normalisation(config, steps, channels)
-    loader = next((s for s in steps if type_of(s).startswith(("Load", "InferencerLoader"))), {})
+    loader = next((s for s in steps if s.type.startswith(("Load", "InferencerLoader"))), Section())
     resize, outer = _step(steps, "Resize"), _step(steps, "MultiScaleFlipAug")
     section["loading"] = _loading(loader, channels, evidence)
-    section["to_float32"] = stated(loader, "to_float32")
-    if section["to_float32"] is UNSET and type_of(loader) in (*_RASTER_LOADERS, *_FILE_LOADERS):
+    section["to_float32"] = loader.stated("to_float32")
+    if section["to_float32"] is UNSET and loader.type in (*_RASTER_LOADERS, *_FILE_LOADERS):
         # mmsegmentation 1.2.2's LoadSingleRSImageFromFile makes float32 by default.
-        section["to_float32"] = type_of(loader) in _RASTER_LOADERS
-    section["keep_ratio"] = stated(resize, "keep_ratio")
+        section["to_float32"] = loader.type in _RASTER_LOADERS
+    section["keep_ratio"] = resize.stated("keep_ratio")
     settings = SettingResolver(evidence, Preprocessing, "preprocessing", section)
     accepted = {"bands", "unchanged", *{1: ("grayscale",), 3: ("color",)}.get(channels, ())}
     bands = f"the network takes {channels} band{'s' * (channels > 1)}"
@@ -189,11 +182,11 @@ def infer_preprocessing(
         )
     settings.resolve("bgr_to_rgb", default=loading != "bands", matters=channels == 3)
     keep_ratio = settings.resolve("keep_ratio", matters=bool(resize))
-    written = stated(resize, "scale", "img_scale")
+    written = resize.stated("scale", "img_scale")
     if written in (UNSET, None):
-        written = stated(outer, "img_scale")
+        written = outer.stated("img_scale")
     settings.resolve("scale", config=_scale(written, keep_ratio, evidence), default=scale)
-    backend = {"cv2": "opencv", "pillow": "pillow"}.get(str(stated(resize, "backend")), UNSET)
+    backend = {"cv2": "opencv", "pillow": "pillow"}.get(str(resize.stated("backend")), UNSET)
     detectron2 = evidence.framework == "detectron2"
     settings.resolve(
         "resample",
@@ -202,7 +195,7 @@ def infer_preprocessing(
         matters=detectron2 or backend == "pillow",
     )
     processor = _processor(config)
-    divisor = stated(processor, "test_cfg.size_divisor", "pad_size_divisor")
+    divisor = processor.stated("test_cfg.size_divisor", "pad_size_divisor")
     if processor and divisor in (UNSET, None):
         divisor = 1
     settings.resolve(
@@ -214,9 +207,9 @@ def infer_preprocessing(
         note="mmsegmentation's ADE20K configs of Swin-B and Swin-L do not pad",
     )
     for step in steps:
-        if type_of(step) and type_of(step) not in (*_HARMLESS, *harmless):
+        if step.type and step.type not in (*_HARMLESS, *harmless):
             evidence.notes.append(
-                f"The config's test pipeline has a {type_of(step)} step, which is not reproduced."
+                f"The config's test pipeline has a {step.type} step, which is not reproduced."
             )
     return settings.build()
 
@@ -242,7 +235,7 @@ def infer_test_mode(evidence: Evidence) -> TestMode:
     section = evidence.config.section("model", "test_cfg")
     older = evidence.config.section("test_cfg")
     section = older if "mode" in older and "mode" not in section else section
-    sizes = {name: _pair(stated(section, name)) for name in ("crop_size", "stride")}
+    sizes = {name: _pair(section.stated(name)) for name in ("crop_size", "stride")}
     settings = SettingResolver(evidence, TestMode, "test", section | sizes)
     slides = settings.resolve("mode") == "slide"
     for name in sizes:
@@ -260,38 +253,36 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-def _normalisation(
-    config: Config, steps: Sequence[Mapping[str, Any]], channels: int
-) -> dict[str, Any]:
+def _normalisation(config: Config, steps: Sequence[Section], channels: int) -> dict[str, Any]:
     """Mean, deviation and channel order that the config states, as :class:`Preprocessing`'s."""
     processor = _processor(config)
     older = _step(steps, "Normalize") or config.section("img_norm_cfg")
     section = processor or older
-    mean, std = stated(section, "mean"), stated(section, "std")
+    mean, std = section.stated("mean"), section.stated("std")
     if processor and processor.get("mean") is None and "mean" not in older:
         mean, std = (0.0,), (1.0,)  # mmseg 1.x does not normalise without a mean
-    swapped = stated(section, "bgr_to_rgb", "to_rgb")
-    if stated(section, "rgb_to_bgr") is True:
+    swapped = section.stated("bgr_to_rgb", "to_rgb")
+    if section.stated("rgb_to_bgr") is True:
         swapped = True  # the same swap under another name
     return {"mean": _each(mean, channels), "std": _each(std, channels), "bgr_to_rgb": swapped}
 
 
-def _processor(config: Config) -> dict[str, Any]:
+def _processor(config: Config) -> Section:
     return config.section("model", "data_preprocessor") or config.section("data_preprocessor")
 
 
-def _loading(loader: Mapping[str, Any], channels: int, evidence: Evidence) -> Any:
+def _loading(loader: Section, channels: int, evidence: Evidence) -> Any:
     """How the pipeline's loader reads files.
 
     By mmcv 2.1.0's ``LoadImageFromFile`` (``color_type``, ``imdecode_backend``) and
     mmsegmentation 1.2.2's ``LoadSingleRSImageFromFile``.
     """
-    kind = type_of(loader)
+    kind = loader.type
     if kind not in (*_RASTER_LOADERS, *_FILE_LOADERS):
         return UNSET
-    if kind in _RASTER_LOADERS or stated(loader, "imdecode_backend") == "tifffile":
+    if kind in _RASTER_LOADERS or loader.stated("imdecode_backend") == "tifffile":
         return "bands"
-    colours = stated(loader, "color_type")
+    colours = loader.stated("color_type")
     colours = "color" if colours is UNSET else str(colours).removesuffix("_ignore_orientation")
     if colours == "color" and channels != 3:
         evidence.notes.append(
@@ -321,11 +312,11 @@ def _scale(value: Any, keep_ratio: bool, evidence: Evidence) -> Any:
     return value
 
 
-def _step(steps: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
-    return next((step for step in steps if type_of(step) == kind), {})
+def _step(steps: Sequence[Section], kind: str) -> Section:
+    return next((step for step in steps if step.type == kind), Section())
 
 
-def _steps(config: Config) -> list[dict[str, Any]]:
+def _steps(config: Config) -> list[Section]:
     """The test pipeline's steps, those inside a MultiScaleFlipAug too."""
     places = (
         config.values.get("test_pipeline"),
@@ -333,10 +324,8 @@ def _steps(config: Config) -> list[dict[str, Any]]:
         config.section("data", "test").get("pipeline"),
     )
     pipeline = next((place for place in places if isinstance(place, (list, tuple))), ())
-    found: list[dict[str, Any]] = []
-    for step in pipeline:
-        if isinstance(step, dict):
-            inner = step.get("transforms")
-            inner = inner if isinstance(inner, (list, tuple)) else ()
-            found += [step, *(item for item in inner if isinstance(item, dict))]
+    found: list[Section] = []
+    for step in map(Section, pipeline):
+        inner = step.get("transforms")
+        found += [step, *map(Section, inner if isinstance(inner, (list, tuple)) else ())]
     return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdconv_deploy.checkpoints.config_parser import Config
+from fdconv_deploy.checkpoints.config_parser import UNSET, Config
 from fdconv_deploy.checkpoints.config_writer import (
     CONFIG_ENTRIES,
     DETECTOR_SECTIONS,
@@ -24,16 +24,7 @@ from fdconv_deploy.checkpoints.infer_query_head import (
     infer_query_head,
     query_head_type,
 )
-from fdconv_deploy.checkpoints.settings import (
-    UNSET,
-    ConfigT,
-    Evidence,
-    Inference,
-    SettingResolver,
-    refuse_unsupported,
-    stated,
-    type_of,
-)
+from fdconv_deploy.checkpoints.settings import ConfigT, Evidence, Inference, SettingResolver
 from fdconv_deploy.checkpoints.state_dict import (
     Shapes,
     backbone_prefix,
@@ -182,7 +173,7 @@ def _binary_note(classes: tuple[str, ...], threshold: float) -> str:
 
 def _check_model(state: Shapes, config: Config) -> None:
     refuse_cascade(state, config.section("model").get("decode_head"))
-    refuse_unsupported("model", config.section("model"), "EncoderDecoder", "Mask2Former")
+    config.section("model").refuse_others("model", "EncoderDecoder", "Mask2Former")
     necks = [key for key in state if key.startswith("neck.")]
     if necks:
         raise CheckpointError(
@@ -236,7 +227,7 @@ def _detector(state: Shapes, evidence: Evidence) -> DetectorConfig:
 
 def _check_kind(state: Shapes, config: Config) -> None:
     """Refuse any detector but Faster R-CNN and Mask R-CNN over a feature pyramid."""
-    kind = type_of(config.section("model"))
+    kind = config.section("model").type
     missing = [name for name in _NEEDED if not any(key.startswith(name) for key in state)]
     known = (*_NEEDED[:2], "rpn_head.", "roi_head.bbox_head.", "roi_head.mask_head.")
     strange = [key for key in state if not key.startswith((*known, "neck."))]
@@ -278,7 +269,7 @@ def _checked(config: Config) -> Config:
     }
     checked = Config(config.values | {"model": config.section("model") | own}, config.notes)
     for path, (types, only) in DETECTOR_TYPES.items():
-        refuse_unsupported(path, checked.section("model", *path.split(".")), *types, **only)
+        checked.section("model", *path.split(".")).refuse_others(path, *types, **only)
     return checked
 
 
@@ -288,7 +279,7 @@ def _resolver(
     """The resolver of the part ``name``, whose published defaults may be its owner's."""
     section = evidence.config.section("model", *DETECTOR_SECTIONS[name].split("."))
     entries = {field: (field,) for field in kind.model_fields} | CONFIG_ENTRIES.get(kind, {})
-    written = {field: stated(section, *names) for field, names in entries.items()}
+    written = {field: section.stated(*names) for field, names in entries.items()}
     if kind is RoIConfig:
         written["output_size"] = _pixels(written["output_size"])
     if isinstance(written.get("strides"), (list, tuple)):

@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 
-from fdconv_deploy.checkpoints.settings import (
-    UNSET,
-    SettingResolver,
-    stated,
-    type_of,
-)
+from fdconv_deploy.checkpoints.config_parser import UNSET
+from fdconv_deploy.checkpoints.settings import SettingResolver
 from fdconv_deploy.checkpoints.state_dict import Layer
 from fdconv_deploy.config import AttentionNorm, BandModulationConfig, FDConvConfig
 from fdconv_deploy.errors import CheckpointError
@@ -58,8 +54,9 @@ def infer_conv(
     section, strided = settings.section, strided or {"": ()}
     owner = settings.prefix.removesuffix(".")
     dynamic = [layer for layer in layers if layer.dynamic]
-    conv_cfg = stated(section, "conv_cfg")
-    fdconv = isinstance(conv_cfg, Mapping) and type_of(conv_cfg) == "FDConv"
+    conv_cfg = section.stated("conv_cfg")
+    written = section.section("conv_cfg")
+    fdconv = written.type == "FDConv"
     if section and not fdconv and dynamic and conv_cfg is not UNSET:
         raise CheckpointError(
             f"The config's {owner} has conv_cfg={conv_cfg!r}, but the weights have {len(dynamic)} "
@@ -68,16 +65,13 @@ def infer_conv(
     if not dynamic and not fdconv:
         settings.exact("names", conv=None)
         return None, set(strided)
-    written: Mapping[str, Any] = conv_cfg if isinstance(conv_cfg, Mapping) else {}
     if not dynamic:
         _check_all_plain(layers, written)
     evidence, fields = settings.evidence, f"{settings.prefix}conv"
     conv = SettingResolver(evidence, FDConvConfig, fields, written)
     _thresholds(conv, layers)
-    fbm_cfg = stated(written, "fbm_cfg")
-    given = isinstance(fbm_cfg, Mapping)
     bands = SettingResolver(
-        evidence, BandModulationConfig, f"{fields}.fbm_cfg", fbm_cfg if given else {}
+        evidence, BandModulationConfig, f"{fields}.fbm_cfg", written.section("fbm_cfg")
     )
     if not dynamic:  # nothing but the thresholds has an effect
         return conv.build(matters=False, fbm_cfg=bands.build(matters=False)), set(strided)
@@ -86,6 +80,7 @@ def infer_conv(
     _attention(conv, dynamic)
     if conv.values["ksm_global_norm"] in _NORM_NOTES:
         evidence.notes.append(_NORM_NOTES[conv.values["ksm_global_norm"]])
+    given = isinstance(written.get("fbm_cfg"), dict)
     return conv.build(fbm_cfg=_bands(bands, dynamic, given)), agreeing
 
 
@@ -278,7 +273,7 @@ def _attention(settings: Conv, dynamic: Sequence[Layer]) -> None:
 def _bands(settings: Bands, dynamic: Sequence[Layer], given: bool) -> BandModulationConfig:
     """Bands, groups and kernel of Frequency Band Modulation, whose config may be ``given``."""
     banded = [layer for layer in dynamic if layer.bands]
-    spatial = stated(settings.section, "spatial")
+    spatial = settings.section.stated("spatial")
     if spatial not in (UNSET, "conv"):
         raise CheckpointError(
             f"The config's fbm_cfg has spatial={spatial!r}; the published code has 'conv' only. "

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations, permutations
 from typing import Any, get_args
 
+from fdconv_deploy.checkpoints.config_parser import UNSET, Section
 from fdconv_deploy.checkpoints.infer_classes_and_preprocessing import count_names
 from fdconv_deploy.checkpoints.settings import (
     CHECKPOINT_META,
-    UNSET,
     Evidence,
     SettingResolver,
     from_first,
-    refuse_unsupported,
-    stated,
-    type_of,
 )
 from fdconv_deploy.checkpoints.state_dict import Shapes, dynamic_names, part, shape_of
 from fdconv_deploy.config import BINARY_THRESHOLD, HEAD_CONFIGS, HeadConfig, HeadType
@@ -100,20 +97,20 @@ def infer_head(network: Shapes, name: str, widths: Sequence[int], evidence: Evid
     state, section = part(network, f"{name}."), evidence.config.section("model", name)
     kind = _head_type(state, name, section, evidence.overrides.get(f"{name}.type"))
     norm, activation, transform, channels = (
-        stated(section, name) for name in ("norm_cfg", "act_cfg", "input_transform", "in_channels")
+        section.stated(name) for name in ("norm_cfg", "act_cfg", "input_transform", "in_channels")
     )
-    activation = type_of(activation) if isinstance(activation, Mapping) else activation
-    refuse_unsupported(name, {"act_cfg": activation}, act_cfg="ReLU")
+    activation = section.section("act_cfg").type or activation
+    Section({"act_cfg": activation}).refuse_others(name, act_cfg="ReLU")
     if kind in _EACH and transform != "multiple_select":
-        refuse_unsupported(name, section, input_transform=None)
+        section.refuse_others(name, input_transform=None)
     if kind == "SegformerHead":
-        refuse_unsupported(name, section, interpolate_mode="bilinear")
+        section.refuse_others(name, interpolate_mode="bilinear")
     written = {
         **section,
-        "type": type_of(section) or UNSET,
+        "type": section.type or UNSET,
         "norm": UNSET if norm is UNSET else norm is not None,
         "in_channels": (channels,) if isinstance(channels, int) else channels,
-        "in_index": from_first(stated(section, "in_index"), len(widths)),
+        "in_index": from_first(section.stated("in_index"), len(widths)),
     }
     settings: Head = SettingResolver(evidence, HEAD_CONFIGS[kind], name, written)
     settings.resolve("type", kind=HeadType, exact=kind, source="names")
@@ -140,7 +137,7 @@ def _outputs(settings: Head, name: str, outputs: int) -> None:
     threshold for two classes (or for one, the other being the rest).
     """
     one = outputs == 1
-    classes, origin = stated(settings.section, "num_classes"), "the config"
+    classes, origin = settings.section.stated("num_classes"), "the config"
     if one and classes is UNSET and name == "decode_head":
         names = count_names(settings.evidence)
         classes, origin = (names, CHECKPOINT_META) if names in (1, 2) else (classes, origin)
@@ -165,7 +162,7 @@ def _outputs(settings: Head, name: str, outputs: int) -> None:
         matters=one,
     )
     settings.values["out_channels"] = None if count == outputs else 1
-    threshold = stated(settings.section, "threshold")
+    threshold = settings.section.stated("threshold")
     settings.resolve(
         "threshold",
         config=threshold if one and threshold is not None else UNSET,
@@ -339,11 +336,9 @@ def _type_by_names(state: Shapes) -> HeadType | None:
     return next(fitting, None)
 
 
-def _head_type(
-    state: Shapes, name: str, section: Mapping[str, Any], override: str | None
-) -> HeadType:
+def _head_type(state: Shapes, name: str, section: Section, override: str | None) -> HeadType:
     """The head's type by its names; ``override`` is the type that the user gave."""
-    found, written = _type_by_names(state), type_of(section)
+    found, written = _type_by_names(state), section.type
     foreign = written if written not in SUPPORTED else ""
     other = "" if found else foreign or _other_head(state)
     dynamic = dynamic_names(state)
@@ -381,9 +376,8 @@ def refuse_cascade(state: Shapes, heads: Any) -> None:
     sections = dict(enumerate(heads)) if isinstance(heads, (list, tuple)) else {}
     kinds = []
     for number in numbers:
-        inner, section = part(tensors, f"{number}."), sections.get(int(number))
-        written = type_of(section) if isinstance(section, Mapping) else ""
-        kinds.append(written or _type_by_names(inner) or _other_head(inner) or "unknown head")
+        inner, section = part(tensors, f"{number}."), Section(sections.get(int(number)))
+        kinds.append(section.type or _type_by_names(inner) or _other_head(inner) or "unknown head")
     raise CheckpointError(
         f"The network is a CascadeEncoderDecoder: its decode heads ({', '.join(kinds)}) work one "
         "after the other, as in PointRend or OCRNet. Expected an EncoderDecoder with one decode "

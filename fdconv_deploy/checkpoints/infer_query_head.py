@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+from fdconv_deploy.checkpoints.config_parser import UNSET, Section
 from fdconv_deploy.checkpoints.infer_fdconv import infer_conv
-from fdconv_deploy.checkpoints.settings import (
-    UNSET,
-    Evidence,
-    SettingResolver,
-    refuse_unsupported,
-    stated,
-)
+from fdconv_deploy.checkpoints.settings import Evidence, SettingResolver
 from fdconv_deploy.checkpoints.state_dict import (
     Shapes,
     conv_layers,
@@ -97,13 +92,14 @@ def infer_query_head(
     config = evidence.config
     section = config.section("model", "decode_head") or config.section("model", "panoptic_head")
     model = HEAD_CONFIGS[kind]
-    written = {name: stated(section, name, *_ENTRIES.get(name, ())) for name in model.model_fields}
-    things, stuff = stated(section, "num_things_classes"), stated(section, "num_stuff_classes")
+    written = {name: section.stated(name, *_ENTRIES.get(name, ())) for name in model.model_fields}
+    things, stuff = section.stated("num_things_classes"), section.stated("num_stuff_classes")
     if written["num_classes"] is UNSET and isinstance(things, int) and isinstance(stuff, int):
         written["num_classes"] = things + stuff
-    activation = stated(section, "pixel_decoder.act_cfg.type")
-    refuse_unsupported("decode_head.pixel_decoder", {"act_cfg": activation}, act_cfg="ReLU")
-    written["conv_cfg"] = stated(section, "conv_cfg")
+    activation = section.stated("pixel_decoder.act_cfg.type")
+    pixels = Section({"act_cfg": activation})
+    pixels.refuse_others("decode_head.pixel_decoder", act_cfg="ReLU")
+    written["conv_cfg"] = section.stated("conv_cfg")
     settings: Settings = SettingResolver(evidence, model, "decode_head", written)
     settings.resolve("type", config=UNSET, exact=kind, source="names")
     # Settings of other heads, which these have in one way only.
@@ -249,14 +245,16 @@ def _maskdino(settings: Settings, state: Shapes, outputs: int, levels: int, deco
 def infer_panoptic(evidence: Evidence, count: int) -> PanopticConfig | None:
     """How queries of ``count`` classes become segments and instances; None: classes alone."""
     config = evidence.config
-    section: dict[str, Any] = dict(config.section("model", "panoptic"))
+    section = config.section("model", "panoptic")
     fusion = config.section("model", "panoptic_fusion_head")
     given = any(name.startswith("panoptic.") for name in evidence.overrides)
     if not (section or fusion or given):
         return None
     if not section:
-        section = dict(config.section("model", "test_cfg"))
-        section["thing_classes"] = _first(fusion.get("num_things_classes"))
+        section = config.section("model", "test_cfg")
+        things = fusion.get("num_things_classes")
+        if isinstance(things, int) and 0 <= things < 10_000:
+            section["thing_classes"] = tuple(range(things))
     settings: Settings = SettingResolver(evidence, PanopticConfig, "panoptic", section)
     settings.resolve(
         "thing_classes",
@@ -274,7 +272,3 @@ def infer_panoptic(evidence: Evidence, count: int) -> PanopticConfig | None:
     settings.resolve("max_per_image", matters=settings.values["instance_on"])
     settings.resolve("rule", default="openmmlab", matters=False)
     return settings.build()
-
-
-def _first(count: Any) -> Any:
-    return tuple(range(count)) if isinstance(count, int) and 0 <= count < 10_000 else UNSET

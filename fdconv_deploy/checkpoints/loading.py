@@ -9,7 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fdconv_deploy.checkpoints.config_parser import Config, config_of, read_config
+from fdconv_deploy.checkpoints.config_parser import (
+    Config,
+    check_size,
+    config_of,
+    parse_config,
+    parse_json,
+)
+from fdconv_deploy.checkpoints.detectron2_config import parse_yaml
 from fdconv_deploy.checkpoints.frequency_order import ChosenOrder, choose_order
 from fdconv_deploy.checkpoints.infer_config import infer_config
 from fdconv_deploy.checkpoints.reading import Checkpoint, digest_of, read_checkpoint
@@ -160,6 +167,30 @@ def config_for(checkpoint: Checkpoint, config: str | Path | Config | None) -> Co
             "checkpoint's own."
         )
     return given
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a ``.py`` or ``.json`` config file, or detectron2's ``.yaml``, without running it.
+
+    Raises:
+        CheckpointError: no such file, not UTF-8 text, or another kind of file.
+    """
+    path = Path(path)
+    readers = {".py": parse_config, ".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}
+    if path.suffix not in readers:
+        raise CheckpointError(
+            f"{path} is not a config: expected a .py or .json file of OpenMMLab's, or the "
+            "config.yaml of detectron2's."
+        )
+    try:
+        check_size(path.stat().st_size, str(path))
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CheckpointError(
+            f"{path} cannot be read: {why}. Expected a .py, .json or .yaml config file."
+        ) from None
+    return readers[path.suffix](text, str(path))
 
 
 def _fill(network: Segmentor | Detector, state: dict[str, Tensor], path: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fdconv_deploy.checkpoints.config_parser import Config, Unreadable
+from fdconv_deploy.checkpoints.config_parser import UNSET, Config, Section, Unreadable
 from fdconv_deploy.config import Frozen
 from fdconv_deploy.errors import CheckpointError
 
@@ -31,7 +31,6 @@ Source = Literal[
 Framework = Literal["OpenMMLab", "detectron2"]
 
 CHECKPOINT_META = "the checkpoint's meta"
-UNSET: Any = object()
 _USUAL: Any = object()
 ConfigT = TypeVar("ConfigT", bound=Frozen)
 
@@ -66,12 +65,12 @@ class Evidence:
     """What is known of one network so far.
 
     Attributes:
-        overrides: values the user gave, by dotted field names; given so, or as nested dicts.
-        config: from the checkpoint or the user; its notes are the first for the user.
-        meta: the checkpoint's meta data, for class names and palette.
+        overrides: the user's values by dotted field names; given so, or as nested dicts.
+        config: from the checkpoint or the user.
+        meta: the checkpoint's, for class names and palette.
         framework: whose names the tensors had, which decides some published defaults.
         settings: in the order in which they were resolved.
-        notes: sentences for the user.
+        notes: sentences for the user, the config's first.
         fields: dotted names of all fields that this network has.
     """
 
@@ -108,11 +107,10 @@ class SettingResolver(Generic[ConfigT]):
 
     Args:
         evidence: takes the settings, and holds what the user gave.
-        model: the model; its fields' types convert values of the user and the config.
+        model: its fields' types convert values of the user and the config.
         prefix: of the fields' dotted names, as ``backbone.conv``; empty for the whole network.
-        section: the config's values, by the model's field names; empty without a config.
-        defaults: published defaults that differ from the model's own, and ``note`` what to note
-            beside one of them that is assumed.
+        section: the config's values, by the model's field names.
+        defaults: published defaults that are not the model's, ``note`` for those assumed.
     """
 
     def __init__(
@@ -128,7 +126,7 @@ class SettingResolver(Generic[ConfigT]):
         self.evidence = evidence
         self.model = model
         self.prefix = f"{prefix}." if prefix else ""
-        self.section = section
+        self.section = Section(section)
         self.defaults = defaults or {}
         self.note = note
         self.values: dict[str, Any] = {}
@@ -152,11 +150,10 @@ class SettingResolver(Generic[ConfigT]):
         """Decide one field of the model and record what decided it.
 
         Args:
-            name: the field.
-            kind: its type, by default the model's.
+            name: the field; ``kind`` is its type, by default the model's.
             config: the config's value, by default its section's entry of that name, and
                 ``config_name`` what to call it in an error. One not read counts as none.
-            default: the published default, by default the model's.
+            default: the published default, by default the model's; ``note`` is for one assumed.
             exact: the value, if the weights leave only one.
             accepts: whether a value agrees with the weights, if they leave several.
             derived: the value to take if ``accepts`` refuses the default. Giving one says that
@@ -164,7 +161,6 @@ class SettingResolver(Generic[ConfigT]):
             because: what the weights have, for an error: "the weights have 3 stages".
             source: what of the weights decides it.
             matters: False if the field has no effect in this network; then it is not listed.
-            note: something to note beside a value that is assumed.
 
         Raises:
             CheckpointError: the config or the user contradicts the weights, or the value is in
@@ -173,7 +169,7 @@ class SettingResolver(Generic[ConfigT]):
         field = self.prefix + name
         self.evidence.fields.add(field)
         if config is _USUAL:
-            config = stated(self.section, name)
+            config = self.section.stated(name)
         if default is _USUAL:
             info = self.model.model_fields[name]
             default = self.defaults.get(name, UNSET if info.is_required() else info.default)
@@ -195,25 +191,25 @@ class SettingResolver(Generic[ConfigT]):
                 )
         if default is not UNSET and accepts is not None and not accepts(default):
             default = UNSET
-        origin: Source = "checkpoint meta" if config_name == CHECKPOINT_META else "config"
-        choices: list[tuple[Any, Source]] = [
-            (given, "command line"),
-            (written, origin),
-            (default, "published default"),
-            (derived, source),
-        ]
-        chosen = next((choice for choice in choices if choice[0] is not UNSET), None)
-        if chosen is None:
+        choices: dict[Source, Any] = {
+            "command line": given,
+            "checkpoint meta" if config_name == CHECKPOINT_META else "config": written,
+            "published default": default,
+            source: derived,
+        }
+        decider = next((witness for witness, value in choices.items() if value is not UNSET), None)
+        if decider is None:
             raise CheckpointError(
                 f"{field} is not known: {because or 'names and shapes leave it open'}. "
                 f"Give the network's config (--config), or {field} itself (--set {field}=…)."
             )
-        value, decider = chosen[0], source if derived is not UNSET else chosen[1]
+        value = self.values[name] = choices[decider]
+        if derived is not UNSET:
+            decider = source
         if matters:
             note = note if decider == "published default" else ""
             setting = Setting(field=field, value=value, source=decider, note=note)
             self.evidence.settings.append(setting)
-        self.values[name] = value
         return value
 
     def exact(self, source: Source, **values: Any) -> None:
@@ -262,47 +258,9 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def stated(section: Mapping[str, Any], *names: str) -> Any:
-    """A section's value under the first of ``names`` it has; UNSET if none could be read.
-
-    A name may be a dotted path to an inner section's entry.
-    """
-    for path in names:
-        *inner, name = path.split(".")
-        owner = Config(dict(section)).section(*inner)
-        if name in owner:
-            value = owner[name]
-            entries = value if isinstance(value, (list, tuple)) else (value,)
-            return UNSET if any(isinstance(entry, Unreadable) for entry in entries) else value
-    return UNSET
-
-
 def from_first(indices: Any, count: int) -> Any:
     """A config's indices of ``count`` outputs, or its one, counted from the first output."""
     indices = (indices,) if isinstance(indices, int) else indices
     if not isinstance(indices, (list, tuple)):
         return indices
     return tuple(i + count if isinstance(i, int) and i < 0 else i for i in indices)
-
-
-def type_of(section: Mapping[str, Any]) -> str:
-    """A section's ``type`` without its module; empty if it is not there."""
-    value = section.get("type")
-    return value.rpartition(".")[2] if isinstance(value, str) else ""
-
-
-def refuse_unsupported(name: str, section: Mapping[str, Any], *types: str, **expected: Any) -> None:
-    """Refuse a section of another type than ``types``, or set to what is built in one way only."""
-    kind = type_of(section)
-    if types and kind and kind not in types:
-        raise CheckpointError(
-            f"The config's {name} is a {kind}. Expected {' or '.join(types)}; others are not "
-            "supported yet."
-        )
-    for field, only in expected.items():
-        value = stated(section, field)
-        if value is not UNSET and value != only:
-            raise CheckpointError(
-                f"The config's {name} has {field}={str(value)[:60]}. Expected {only!r}; anything "
-                "else is not supported yet."
-            )

@@ -24,8 +24,9 @@ from fdconv_deploy.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from fdconv_deploy.checkpoints.config_parser import Config, read_config
+from fdconv_deploy.checkpoints.config_parser import Config
 from fdconv_deploy.checkpoints.infer_config import infer_config
+from fdconv_deploy.checkpoints.loading import read_config
 from fdconv_deploy.checkpoints.state_dict import framework_of, in_openmmlab_names
 from fdconv_deploy.config import PanopticConfig
 from fdconv_deploy.errors import CheckpointError

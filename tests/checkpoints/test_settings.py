@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fdconv_deploy.checkpoints.config_parser import parse_config
+from fdconv_deploy.checkpoints.config_parser import UNSET, parse_config
 from fdconv_deploy.checkpoints.infer_config import infer_config
-from fdconv_deploy.checkpoints.settings import CHECKPOINT_META, UNSET, Evidence, SettingResolver
+from fdconv_deploy.checkpoints.settings import CHECKPOINT_META, Evidence, SettingResolver
 from fdconv_deploy.config import TestMode
 from fdconv_deploy.errors import CheckpointError
 from tests.checkpoints.small import (
