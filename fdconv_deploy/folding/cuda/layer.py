@@ -279,13 +279,7 @@ class FusedConv2d(nn.Module):
         return assemble_kernels(*self.attention(partial), *made)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: ``(B, I, H, W)`` of ``dtype`` at the folded size, on a GPU, or `BackendError`."""
-        folded = self.folded
-        if folded.tokens:
-            # As a map, which in memory they are one of with its channels last.
-            tokens = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-            y, _ = self.run(tokens)
-            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        """``x``: of ``dtype`` at the folded size, on a GPU, or `BackendError`."""
         return self.run(x)[0]
 
     def run(
@@ -297,7 +291,10 @@ class FusedConv2d(nn.Module):
         relu: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `FinishedConv2d.run`; ``partial``: the pooled input where something pooled it."""
-        folded = self.folded
+        folded, given = self.folded, x
+        if folded.tokens:
+            # As a map, which in memory they are one of with its channels last.
+            x = x.reshape(len(x), -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
         expected = folded.in_channels, *folded.input_size
         if tuple(x.shape[1:]) != expected or x.dtype != self.dtype:
             raise BackendError(
@@ -319,7 +316,10 @@ class FusedConv2d(nn.Module):
             kernels = self.kernels(partial)
         if self.bands is not None:
             fork.join()
-        return self.convolution.run(modulated, kernels, shortcut, hidden, relu)
+        y, parts = self.convolution.run(modulated, kernels, shortcut, hidden, relu)
+        if folded.tokens:
+            y = y.permute(0, 2, 3, 1).reshape(*given.shape[:-1], -1)
+        return y, parts
 
 
 class FusedBandModulation(nn.Module):

@@ -287,6 +287,25 @@ class InPlace(torch.nn.Module):
         return moved, pooled, seen, self.plain(x[0]).relu()
 
 
+class FeedForward(torch.nn.Module):
+    """Layers over tokens, with what would be the end of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = enliven(FDLinear(12, 20, kernel_num=2), 1)
+        self.second = enliven(FDTokenConv(20, 12, kernel_num=2), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+@torch.no_grad()
+def token_errors() -> dict[str, Any]:
+    network = FeedForward().eval()
+    x = lively_input((2, 12, 6, 1)).flatten(2).mT.contiguous()
+    return {"errors": [error(fuse_network(network, x)(x), network.double()(x.double()))]}
+
+
 @torch.no_grad()
 def in_place_errors(channels_last: bool) -> dict[str, Any]:
     network = InPlace().eval()
@@ -357,6 +376,7 @@ NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
     "network, half, last": lambda: network_errors(torch.float16, channels_last=True),
     "in place": lambda: in_place_errors(channels_last=False),
     "in place, last": lambda: in_place_errors(channels_last=True),
+    "tokens": token_errors,
     "operators": operator_checks,
 }
 

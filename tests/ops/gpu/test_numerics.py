@@ -105,8 +105,8 @@ def test_a_network(results, name):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["in place", "in place, last"])
-def test_what_changes_in_place_is_read_as_it_was(results, name):
+@pytest.mark.parametrize("name", ["in place", "in place, last", "tokens"])
+def test_a_network_of_what_does_not_fuse(results, name):
     result = results[name]
     assert "failed" not in result, result["failed"]
     assert max(result["errors"]) <= TOLERANCE["float32"]
