@@ -26,11 +26,12 @@ def _made(temporary: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     missing = [folder for folder in temporary.parents if not folder.exists()]
     try:
         for attempt in range(_ATTEMPTS):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
             try:
+                temporary.parent.mkdir(parents=True, exist_ok=True)
                 make(temporary)
                 break
-            except FileNotFoundError:  # another writer has failed, and taken the folder away
+            # Another writer has failed, and taken the folder away; also as it was found there.
+            except (FileNotFoundError, FileExistsError):
                 if attempt == _ATTEMPTS - 1:
                     raise
         yield temporary

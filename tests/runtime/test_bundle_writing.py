@@ -168,22 +168,25 @@ def test_a_writer_that_is_stopped_as_it_begins_leaves_nothing(
 
 
 @pytest.mark.parametrize("write", [atomic_write.atomic_path, atomic_write.atomic_folder])
+@pytest.mark.parametrize("step", ["mkdir", "is_dir"])
 def test_a_writer_that_fails_takes_no_folder_from_another(
-    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Any, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both make the folder; one goes, and the folder with it, as the other is to write into it."""
-    make, failing = Path.mkdir, write(tmp_path / "new" / "failing")
+    """Both make the folder; one goes, and the folder with it, as the other made or found it."""
+    real, failing = getattr(Path, step), write(tmp_path / "new" / "failing")
     failing.__enter__()
 
-    def late(self: Path, *arguments: Any, **options: Any) -> None:
+    def late(self: Path, *arguments: Any, **options: Any) -> Any:
         nonlocal failing
-        make(self, *arguments, **options)
+        made = real(self, *arguments, **options) if step == "mkdir" else None
         if failing is not None and self.name == "new":
             gone, failing = failing, None
             gone.__exit__(KeyError, KeyError(), None)
             assert not self.exists()
+        return real(self) if step == "is_dir" else made
 
-    monkeypatch.setattr(Path, "mkdir", late)
+    monkeypatch.setattr(Path, step, late)
     with write(tmp_path / "new" / "kept"):
         pass
+    assert failing is None
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["kept"]
