@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -591,11 +592,20 @@ def test_segmenting_loads_no_torch(bundle, tmp_path):
             "try: stop()\nexcept SystemExit: raise ImportError('numpy did not import') from None",
             id="another error",
         ),
+        pytest.param(
+            "try: stop()\nexcept SystemExit: pass\nraise ValueError('a callback failed')",
+            id="an error of its own",
+        ),
         pytest.param("try: stop()\nexcept BaseException: pass\ntime.sleep(60)", id="swallowed"),
         pytest.param(
             "class Dying:\n    def __del__(self): stop()\nDying()\ntime.sleep(60)", id="unraisable"
         ),
         pytest.param("try: stop()\nfinally: time.sleep(0.5); print('whole')", id="tidying up"),
+        pytest.param(
+            "def tidying():\n    try: yield\n    finally: time.sleep(0.5); print('whole')\n"
+            "for _ in tidying(): stop()",
+            id="a generator tidying up",
+        ),
         pytest.param("import stopped_in; time.sleep(60)", id="importing"),
     ],
 )
@@ -616,6 +626,18 @@ def test_a_stop_ends_the_command(tmp_path, command):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     whole = "whole\n" if command.startswith("import") or "print" in command else ""
     assert (done.returncode, done.stdout) == (143, whole), done.stderr
+
+
+def test_a_stop_after_the_command_ends_the_process():
+    program = (
+        "import atexit, os, signal\n"
+        "from fdconv_deploy.cli import app\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "app.app = lambda: None\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def test_a_stopped_export_leaves_nothing(tmp_path):

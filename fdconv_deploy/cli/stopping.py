@@ -21,29 +21,35 @@ class _Stop(SystemExit):
 def unwinding_when_stopped() -> Iterator[None]:
     """A ``with`` block that SIGTERM ends in a `SystemExit` of 143, wherever it is.
 
-    Never within an import, where C code aborts the process at an exception that it does not know;
-    and again where a bare ``except`` or a callback of the garbage collector has swallowed it.
+    Never within an import, where C code aborts the process at an exception that it does not know,
+    nor while a generator tidies up; and again where a bare ``except`` or a callback of the garbage
+    collector has swallowed it.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    stopped = False
+
+    def stop(_number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            if _imports(frame) or _tidies_up(sys.exc_info()[1]):
+                return
+        raise _Stop(STOPPED)
+
+    before = signal.signal(signal.SIGTERM, stop)
     if sys.platform != "win32":
-        signal.signal(signal.SIGALRM, _stop)
+        signal.signal(signal.SIGALRM, stop)
     try:
         yield
-    except Exception as error:  # another's, made of it
-        if _is_of_stop(error):
+    except Exception:
+        if stopped:  # another's, made of it
             raise SystemExit(STOPPED) from None
         raise
     finally:
         if sys.platform != "win32":
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # first, as `stop` would set it again
             signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _stop(_number: int, frame: FrameType | None) -> None:
-    if sys.platform != "win32":
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        if _imports(frame) or _is_of_stop(sys.exc_info()[1]):
-            return
-    raise _Stop(STOPPED)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -52,8 +58,8 @@ def _imports(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _is_of_stop(error: BaseException | None) -> bool:
-    """Whether an error is a stop, or was raised while one was under way."""
-    while error is not None and not isinstance(error, _Stop):
+def _tidies_up(error: BaseException | None) -> bool:
+    """Whether an error that is handled ends a generator, is a stop, or came of one."""
+    while error is not None and not isinstance(error, GeneratorExit | _Stop):
         error = error.__context__
     return error is not None
