@@ -263,7 +263,7 @@ class SegmentationPipeline:
         They are RGB where C is 3, and become (N, C, H, W) float32.
         """
         bands, shape = self.preprocessing.channels, batch.shape
-        if batch.dtype != np.uint8 or len(shape) != 4 or shape[3] != bands:
+        if batch.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[3] != bands:
             return batch
         if shape[1:3] not in self.sizes:
             return batch

@@ -336,7 +336,11 @@ class Session:
         """
         if self.panoptic:
             raise self._other_kind("give a logit for each class and pixel")
-        images = self.segmentation.normalise_batch(np.asarray(batch))
+        try:
+            images = np.asarray(batch)
+        except (RuntimeError, TypeError, ValueError):
+            images = np.empty((), object)  # refused below
+        images = self.segmentation.normalise_batch(images)
         return self.run_batches({"images": images})["logits"]
 
     def run_batches(self, feeds: Tensors) -> dict[str, npt.NDArray[Any]]:

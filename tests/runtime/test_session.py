@@ -99,11 +99,16 @@ class TestRun:
             np.zeros((3, 32, 48), np.float32),
             np.zeros((0, 3, 32, 48), np.float32),
             [[1.0]],
+            [np.zeros((32, 48, 3), np.uint8), np.zeros((32, 47, 3), np.uint8)],
         ],
     )
     def test_refuses_other_shapes(self, session: Session, bad) -> None:
         with pytest.raises(ImageError, match=r"\(N, 3, 32, 48\) float32"):
             session.run(bad)
+
+    def test_says_what_it_was_given(self, session: Session) -> None:
+        with pytest.raises(ImageError, match=r"found images \(0, 32, 48, 3\) uint8"):
+            session.run(np.zeros((0, 32, 48, 3), np.uint8))
 
     def test_graphs_load_when_needed_and_once(self, toy_bundle: Path) -> None:
         backend = FakeBackend(toy.reference_logits)
