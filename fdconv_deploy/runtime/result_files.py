@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -176,20 +176,24 @@ def segment_files(
     places = places_of(session, sources, folder, options, skipped, to.size_of)
     legends = legends_of(session, to, options.overwrite)
     images = {source: places[source] for source in places if not source.is_video}
+
+    def write(contents: Iterable[tuple[PurePath, bytes]] = ()) -> None:
+        for path, data in chain(legends.items(), contents):
+            to.write(path, data)
+        legends.clear()
+
     videos = (
-        _segment_video(session, source.path, places[source], options, progress)
+        _segment_video(session, source.path, places[source], options, progress, write)
         for source in places
         if source.is_video
     )
     for answer in chain(image_results(session, images, options), videos):
-        if not isinstance(answer, tuple):
+        if isinstance(answer, tuple):
+            result, contents = answer
+            write(contents)
+            yield result
+        else:
             yield answer
-            continue
-        result, contents = answer
-        for path, data in chain(legends.items(), contents):
-            to.write(path, data)
-        legends = {}
-        yield result
 
 
 def image_results(
@@ -273,8 +277,12 @@ def _segment_video(
     places: Mapping[str, Path],
     options: ResultOptions,
     progress: Progress | None,
-) -> Written | Failure:
-    """Answer every frame of a video and write the results; all of them or none."""
+    last: Callable[[], None],
+) -> Result | Failure:
+    """Answer every frame of a video and write the results; all of them or none.
+
+    ``last`` is called when all else that can fail is done.
+    """
     start, count = time.perf_counter(), 0
     try:
         with ExitStack() as stack:
@@ -289,6 +297,7 @@ def _segment_video(
                     write(count - 1, frame, answer)
                 if progress is not None:
                     progress(path, count, video.expected)
+            last()
     except ImageError as error:
         return Failure(path, error)
     record = {
@@ -299,7 +308,7 @@ def _segment_video(
         **{kind: str(place) for kind, place in places.items()},
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return Result(places, record, session.backend, session.operators), iter(())
+    return Result(places, record, session.backend, session.operators)
 
 
 @contextmanager

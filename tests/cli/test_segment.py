@@ -248,6 +248,17 @@ def test_segment_says_that_a_video_is_cut(bundle, monkeypatch, capfd, tmp_path):
     assert "of 12 announced: the file is cut off" in printed
 
 
+def test_segment_writes_no_video_whose_legend_cannot_be_written(
+    bundle, monkeypatch, capfd, tmp_path
+):
+    """It would count as done, and the legend never be written."""
+    video, out = film(tmp_path / "v.mp4"), tmp_path / "out"
+    (out / "legend.png").mkdir(parents=True)
+    code, _, err = fdconv(monkeypatch, capfd, "segment", bundle, video, "-o", out)
+    assert (code, ".legend." in err) == (1, True)
+    assert [path.name for path in out.iterdir()] == ["legend.png"]
+
+
 def test_segment_keeps_a_masks_folder_with_other_files(bundle, monkeypatch, capfd, tmp_path):
     video, out = film(tmp_path / "v.mp4"), tmp_path / "out"
     (out / "v_masks").mkdir(parents=True)
