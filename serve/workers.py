@@ -275,7 +275,9 @@ class WorkerRunner(RemoteRunner):
     def close(self) -> None:
         """Let go of the bundle in every worker."""
         super().close()
-        self._children.each(lambda child: child.unload(self._key))
+        for child in self._children.all:
+            with contextlib.suppress(WorkerDiedError):  # its successor has not loaded it
+                child.use(lambda child: child.unload(self._key))
         if self._memory is not None:
             self._memory.close()
             self._memory = None

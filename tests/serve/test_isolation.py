@@ -128,6 +128,17 @@ class TestDirectly:
         child._settings = patient
         assert session.run(zeros).shape == (1, 5, 8, 12)
 
+    def test_a_model_is_closed_whose_worker_died(self, bundles: list[Path]) -> None:
+        """Also in the other workers, as a service ends or a bundle is loaded again."""
+        made = Children(Settings(threads=1, workers=2, backend="onnxruntime-cpu"))
+        made.start()
+        session = isolated_session(Bundle.open(bundles[0]), Settings(), made)
+        session.warm_up()
+        os.kill(made.all[0].pid, signal.SIGKILL)
+        session.close()
+        assert not any(child._models for child in made.all)
+        made.close()
+
     def test_each_is_used(self, bundles: list[Path], monkeypatch) -> None:
         """Also once a thread that runs no requests has run something: what times a model."""
         made = Children(Settings(threads=1, workers=2, backend="onnxruntime-cpu"))
