@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fdconv_deploy.errors import UnsupportedLayerError
 from fdconv_deploy.nn import FDConv2d
+from fdconv_deploy.nn.spectrum import kernel_spectrum
 
 # Names of the oracle's layer fixtures, so that each is a test of its own even before the
 # oracle folder is known. A test below fails if the folder holds others.
@@ -206,6 +208,24 @@ def test_what_the_published_code_takes_is_taken(arguments):
     layer = FDConv2d(**(dict(in_channels=32, out_channels=48, kernel_size=3) | arguments)).eval()
     assert layer.is_dynamic
     assert torch.isfinite(layer(torch.randn(2, 32, 12, 14))).all()
+
+
+def test_planes_store_bins_of_their_own():
+    """Of a cut spectrum, each plane's in the order of its own indices."""
+    rows, half, kept = 20, 11, 110
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.stack([torch.randperm(rows * half, generator=generator)[:kept] for _ in range(2)])
+    order = torch.stack([flat // half, flat % half], 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        weight = nn.Conv2d(20, 20, 1).weight
+        torch.manual_seed(4)
+        layer = FDConv2d(
+            20, 20, 1, kernel_num=5, param_ratio=2, param_reduction=0.5,
+            frequency_order=order.reshape(2, 2, 5, -1),
+        )  # fmt: skip
+    expected = kernel_spectrum(weight).flatten(0, 1)[flat]
+    assert torch.equal(layer.dft_weight, expected)
 
 
 @pytest.mark.parametrize("shape", [(32, 12, 14), (0, 32, 12, 14), (2, 31, 12, 14)])
