@@ -124,7 +124,7 @@ def find_coco(root: Path) -> tuple[Path, Path] | None:
 
 
 def read_coco(annotations: Path, images: Path, limit: int | None = None) -> CocoSet:
-    """Read an instances file of COCO, with the folder of its first ``limit`` images, or all.
+    """Read an instances file of COCO, of whose ``images`` (a folder) the first ``limit`` count.
 
     Raises:
         DatasetError: the file is not one of COCO's, the folder is missing, an image is of

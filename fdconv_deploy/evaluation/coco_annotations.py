@@ -52,7 +52,7 @@ class Finding:
 
     annotation: str  # its id; its place in the list where it has none
     image: str | None  # its image's file name; None where that is not known
-    part: Part  # of it, that is concerned
+    part: Part  # what of it is concerned
     problem: str  # a phrase that findings are counted by
     found: str  # what stands there, shortened
     remark: str  # what was expected, or what is done about it, as a phrase
@@ -293,7 +293,7 @@ def box_mask(box: NDArray[np.float64], height: int, width: int) -> Rle:
 
 
 def mask_box(rle: Rle) -> list[float]:
-    """The box [x, y, width, height] a pixel around a mask, which ends at pixels; all 0 of none."""
+    """The box [x, y, width, height] a pixel away from a mask on all sides; all 0 around none."""
     from pycocotools import mask
 
     if not area(rle):

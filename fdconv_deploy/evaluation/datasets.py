@@ -63,8 +63,8 @@ class Pair:
 
     @property
     def city_ids(self) -> bool:
-        """Whether the mask holds Cityscapes' own label ids, by its name."""
-        return self.mask.name.endswith(_CITY_IDS)
+        """Whether the mask holds Cityscapes' own label ids, by both names."""
+        return self.image.stem.endswith(_CITY_IMAGE) and self.mask.name.endswith(_CITY_IDS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SemanticScore(Score[Sample, Segmentation]):
         return scores(self.confusion)
 
     def truth(self) -> dict[str, Any]:
-        """How labels are read, and the number of pixels that count; ``DatasetError`` of none."""
+        """How labels are read, and the number of pixels that count; ``DatasetError`` if none."""
         if not (pixels := int(self.confusion.sum())):
             raise DatasetError("No pixel counts: the masks hold nothing but labels to ignore.")
         return {"notes": self._notes, "pixels": pixels}

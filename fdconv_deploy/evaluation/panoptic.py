@@ -80,8 +80,8 @@ class PanopticSample:
 class PanopticSet:
     """Images with their true segments, read one after the other.
 
-    Of COCO's panoptic JSON ``annotations`` and the folder of its PNGs, ``segments``, whole or up to
-    a ``limit``. All the network's classes but "void" are among its categories.
+    ``annotations`` is COCO's panoptic JSON, of which the first ``limit`` count, ``segments`` the
+    folder of its PNGs. All the network's ``classes`` but "void" are among its categories.
 
     Raises:
         DatasetError: the file is no such JSON, or lacks a class.

@@ -49,6 +49,15 @@ def test_train_ids_come_before_label_ids(tmp_path):
     assert all(pair.mask.name.endswith("_gtFine_labelTrainIds.png") for pair in pairs)
 
 
+def test_label_ids_are_those_of_cityscapes_images(tmp_path):
+    """A mask of the image's own name holds classes, whatever the two are called."""
+    name = "ulm_000000_000019_gtFine_labelIds.png"
+    layouts.save(tmp_path / "masks" / name, np.full((4, 4), 7))
+    layouts.save(tmp_path / "images" / name, np.zeros((4, 4)))
+    (pair,) = find_pairs(tmp_path / "images", tmp_path / "masks")
+    assert not pair.city_ids
+
+
 def test_a_label_map_is_of_the_numbers_in_the_file(tmp_path):
     images, masks = layout_of(layouts.cityscapes(tmp_path, "labelIds"))
     turned = {int(label): CLASSES - 1 - train for train, label in enumerate(layouts.LABEL_IDS)}
