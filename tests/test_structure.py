@@ -14,7 +14,7 @@ from benchmarks.structure import ROOT, circles, import_graph, modules
 # or runtime only. There were 220 files and 40,000 lines before the paper's other networks, panoptic
 # answers and the service's bounds; 240 and 48,000 before the blocked layout, OpenVINO, Triton, the
 # browser and the GPU's fused path; 262 and 54,000 before Ray, 255 and 55,014 with it.
-PACKAGE_FILES, PACKAGE_LINES = 210, 49_000
+PACKAGE_FILES, PACKAGE_LINES = 209, 48_350
 # Folder → what nothing in it may import, neither at once nor when it runs.
 FORBIDDEN = {
     "fdconv_deploy.export": ["demo", "evaluation", "latency", "serve", "cli"],
