@@ -376,7 +376,7 @@ NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
     "network, half, last": lambda: network_errors(torch.float16, channels_last=True),
     "in place": lambda: in_place_errors(channels_last=False),
     "in place, last": lambda: in_place_errors(channels_last=True),
-    "tokens": token_errors,
+    "feed-forward network": token_errors,
     "operators": operator_checks,
 }
 

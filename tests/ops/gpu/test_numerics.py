@@ -105,7 +105,7 @@ def test_a_network(results, name):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["in place", "in place, last", "tokens"])
+@pytest.mark.parametrize("name", ["in place", "in place, last", "feed-forward network"])
 def test_a_network_of_what_does_not_fuse(results, name):
     result = results[name]
     assert "failed" not in result, result["failed"]
