@@ -265,8 +265,8 @@ class FusedConv2d(nn.Module):
         modulation = self.folded.modulation
         gates, average = attend(partial, *self._attentions(), not modulation.softmax)
         if modulation.softmax:
-            lengths = [modulation.kernel, modulation.filter, modulation.spatial, modulation.channel]
-            gates = torch.cat([part.softmax(1) for part in gates.split(lengths, 1)], 1)
+            parts = gates.split(modulation.sizes, 1)
+            gates = torch.cat([part.softmax(1) for part in parts], 1)
         return gates, average
 
     def kernels(self, partial: Tensor) -> Tensor:
